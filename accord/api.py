@@ -1,0 +1,176 @@
+"""The Python calls; the commands are these and nothing more."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accord.config import RLSettings, SampleSettings, build
+from accord.data.pairs import grouped_pairs
+from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, split_of
+from accord.data.sources import read_completions, read_prompts
+from accord.errors import UserError
+from accord.evaluation.compare import Comparison, EvaluationSettings
+from accord.evaluation.compare import evaluate as _evaluate
+from accord.evaluation.report import write_report
+from accord.progress import bar, safe_point
+from accord.reward.model import RewardModel
+from accord.reward.settings import RewardSettings
+from accord.reward.sources import build_reward
+from accord.reward.training import RewardReport, train_reward_model
+from accord.rl.trainer import Outcome, train
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+from accord.runs import Run, repair_lines
+
+CHUNK = 64
+"""Prompts sampled and written together; the unit in which sampling is resumed."""
+
+
+def load(name: str = "smollm2-135m-instruct", dtype: str = "auto") -> Policy:
+    """Open the bundled model, a local Hugging Face folder or a Hugging Face id."""
+    return Policy.load(name, dtype)
+
+
+def sample(policy: Policy, prompts: Sequence[Prompt], on_chunk: Any = None, **settings: Any) -> list[Completion]:
+    """K completions of each prompt, in the order of the prompts.
+
+    Args:
+        on_chunk: called with the completions of every 64 prompts as they are done.
+        settings: fields of :class:`accord.config.SampleSettings`, such as ``per_prompt=4``.
+    """
+    s = build(SampleSettings, settings, "sample")
+    engine, out = Engine(policy, s.rows), []
+    with bar("Sampling", len(prompts) * s.per_prompt) as progress:
+        tokens, clock = 0, time.perf_counter()
+
+        def advance(done: int, new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            if done:
+                progress.advance(done, f"{tokens / (time.perf_counter() - clock):.0f} tokens/s")
+
+        for start in range(0, len(prompts), CHUNK):
+            safe_point("Completions so far are written.")
+            chunk = engine.sample(prompts[start : start + CHUNK], s.per_prompt, s.sampling(), on_progress=advance)
+            out.extend(chunk.completions())
+            if on_chunk is not None:
+                on_chunk(chunk.completions())
+    return out
+
+
+def by_prompt(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
+    """The K completions of each prompt, by its id."""
+    groups: dict[str, list[Completion]] = {}
+    for completion in completions:
+        groups.setdefault(completion.prompt.id, []).append(completion)
+    return groups
+
+
+def train_reward(policy: Policy, pairs: Sequence[PairGroup] | RankedCompletions, **settings: Any) -> tuple[RewardModel, RewardReport]:
+    """Train a reward model on the policy's trunk; prompts are split by id into training and held-out ones.
+
+    Args:
+        pairs: groups (``read_pairs(file)``) or what the feedback stage gave.
+        settings: fields of :class:`accord.reward.settings.RewardSettings`.
+    """
+    s = build(RewardSettings, settings, "reward")
+    groups = grouped_pairs(pairs, s.fail_weight) if isinstance(pairs, RankedCompletions) else list(pairs)
+    held = [g for g in groups if split_of(g.prompt.id, 0.0, s.heldout) == "heldout"]
+    kept = [g for g in groups if split_of(g.prompt.id, 0.0, s.heldout) != "heldout"]
+    return train_reward_model(policy, kept, held, s)
+
+
+def train_rl(
+    policy: Policy,
+    prompts: Sequence[Prompt] | str | Path,
+    reward: Any,
+    *,
+    out: str | Path | None = None,
+    validation: Sequence[Prompt] | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Train the policy by reinforcement learning from scores; the aligned policy is in the outcome.
+
+    Args:
+        reward: a :class:`RewardModel`, a function ``(prompts, completions) -> scores``, a folder,
+            ``module:function``, ``classifier:NAME``, or a list of these with weights (``0.5*NAME``).
+        out: run folder, new; by default ``runs/rl-DATE-TIME``.
+        validation: prompts for the validation score; by default a tenth of ``prompts``, by id.
+        settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
+    """
+    s = build(RLSettings, settings, "rl")
+    given = read_prompts(prompts) if isinstance(prompts, (str, Path)) else list(prompts)
+    if validation is None:
+        given, validation = split_validation(given, s.prompts_per_step)
+    folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
+    run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
+    return run_rl(run, policy, given, reward, s, validation)
+
+
+def run_rl(run: Run, policy: Policy, prompts: Sequence[Prompt], reward: Any, settings: RLSettings, validation: Sequence[Prompt]) -> Outcome:
+    """Train within an open run and save the aligned policy to its ``policy/``."""
+    source = build_reward(reward, policy, settings.reward_timeout)
+    try:
+        outcome = train(policy, prompts, source, settings, run, validation)
+    finally:
+        source.close()
+    outcome.policy.save(run.folder / "policy")
+    return outcome
+
+
+def evaluate(aligned: Policy, against: Policy, prompts: Sequence[Prompt], reward: Any = None, **settings: Any) -> Comparison:
+    """Compare two policies on the same prompts with the same luck; fields of ``EvaluationSettings`` as settings."""
+    if aligned.tokenizer.fingerprint != against.tokenizer.fingerprint:
+        raise UserError("The two models have different tokenizers, so their KL is not defined; compare models of one family.")
+    s = build(EvaluationSettings, settings, "evaluation")
+    source = None if reward is None else build_reward(reward, against, 60.0)
+    try:
+        return _evaluate(aligned, against, prompts, source, s)
+    finally:
+        if source is not None:
+            source.close()
+
+
+def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], **settings: Any) -> int:
+    """Write completions to a JSONL file, 64 prompts at a time; prompts that are in it already are left out."""
+    repair_lines(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = read_completions(path) if path.exists() and path.stat().st_size else {}
+    per_prompt = build(SampleSettings, settings, "sample").per_prompt
+    odd = next((key for key, group in have.items() if len(group) != per_prompt), None)
+    if odd is not None:
+        raise UserError(f"{path} holds {len(have[odd])} completions of '{odd}', not {per_prompt}; choose another --out.")
+    todo = [p for p in prompts if p.id not in have]
+
+    def append(chunk: list[Completion]) -> None:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps({**c.to_json(), "tokens": c.tokens}, ensure_ascii=False) + "\n" for c in chunk))
+
+    if todo:
+        sample(policy, todo, append, **settings)
+    return sum(len(group) for group in have.values()) + len(todo) * per_prompt
+
+
+def finish_rl(run: Run, config: dict[str, Any]) -> Outcome:
+    """Run, or go on with, what ``accord rl`` wrote into ``config.yaml``; writes the policy and the report."""
+    settings = build(RLSettings, config["rl"], str(run.folder / "config.yaml"))
+    for key in ("prompts", "reward"):
+        if not config.get(key):
+            raise UserError(f"{run.folder / 'config.yaml'} has no '{key}'; only runs started with accord rl can be resumed this way.")
+    prompts = read_prompts(config["prompts"])
+    held = read_prompts(config["validation"]) if config.get("validation") else None
+    train, validation = split_validation(prompts, settings.prompts_per_step) if held is None else (prompts, held)
+    outcome = run_rl(run, load(config["model"], settings.dtype), train, config["reward"], settings, validation)
+    write_report(run.folder)
+    return outcome
+
+
+def split_validation(prompts: list[Prompt], least: int) -> tuple[list[Prompt], list[Prompt]]:
+    """A tenth of the prompts, by id, for validation, unless too few would be left to train on."""
+    held = [p for p in prompts if split_of(p.id, 0.1, 0.0) == "validation"]
+    kept = [p for p in prompts if split_of(p.id, 0.1, 0.0) != "validation"]
+    return (kept, held) if len(kept) >= least else (prompts, [])

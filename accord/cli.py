@@ -1,0 +1,336 @@
+"""The command line: one subcommand a stage, each a call of :mod:`accord.api`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from accord import __version__
+from accord.config import (
+    EvaluationSettings,
+    Recipe,
+    RewardSettings,
+    RLSettings,
+    SampleSettings,
+    add_options,
+    build,
+    given,
+    load_yaml,
+    recipe_text,
+)
+from accord.errors import Interrupted, UserError, did_you_mean
+from accord.progress import console, orderly_stop
+
+BUNDLED = "smollm2-135m-instruct"
+MODEL_HELP = f"the bundled model ({BUNDLED}), a local Hugging Face folder, or a Hugging Face id"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that suggests the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See: {self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = getattr(parsed, "options", [])
+            name = unknown[0].split("=")[0]
+            raise UserError(f"Unknown option '{name}'.{did_you_mean(name, options)} See: accord {getattr(parsed, 'command', '')} --help")
+        return parsed
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="accord", description="Bring a language model into accord with what people want.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"accord {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[argparse.Namespace], None], text: str, example: str, *kinds: type[BaseModel]) -> Parser:
+        sub: Parser = commands.add_parser(
+            name, help=text, description=text, epilog=f"Example:\n  {example}", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(function=function)
+        if kinds:
+            sub.add_argument("--config", metavar="FILE", help="YAML file of the settings below; options on the command line win")
+        for kind in kinds:
+            add_options(sub.add_argument_group("settings"), kind)  # type: ignore[arg-type]
+        return sub
+
+    demo = command("demo", do_demo, "The whole of RLHF with the bundled model, in one run with a report.", "accord demo --seed 1")
+    demo.add_argument("--seed", type=int, default=0, help="luck of every stage [0]")
+    demo.add_argument("--out", type=Path, help="run folder [runs/demo, or runs/demo-seed-N]")
+
+    run = command(
+        "run",
+        do_run,
+        "All stages of a recipe: completions, feedback, reward model, PPO, evaluation, report.",
+        "accord run my-recipe.yaml --out runs/mine",
+    )
+    run.add_argument("recipe", help="a shipped recipe (demo) or a YAML file; start from: accord run demo --show")
+    run.add_argument("--out", type=Path, help="run folder [runs/RECIPE]")
+    run.add_argument("--seed", type=int, help="luck of every stage [the recipe's]")
+    run.add_argument("--show", action="store_true", help="print the recipe with all its settings and stop")
+
+    resume = command("resume", do_resume, "Go on with a run that was stopped, from the last thing it finished.", "accord resume runs/demo")
+    resume.add_argument("run", type=Path, help="run folder")
+
+    sample = command(
+        "sample",
+        do_sample,
+        "K completions of each prompt, as JSONL.",
+        "accord sample --prompts my.jsonl --per-prompt 4 --out completions.jsonl",
+        SampleSettings,
+    )
+    sample.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
+    sample.add_argument("--prompts", required=True, help="prompts: .jsonl, .json, .parquet, .txt or hf:ORG/NAME")
+    sample.add_argument("--out", type=Path, required=True, help="file to write; if it exists, sampling goes on after it")
+
+    reward = command(
+        "reward",
+        do_reward,
+        "Train a reward model on preference pairs or on rankings.",
+        "accord reward --pairs pairs.jsonl --out my-reward",
+        RewardSettings,
+    )
+    reward.add_argument("--model", default=BUNDLED, help=MODEL_HELP + "; the reward model shares its trunk")
+    reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
+    reward.add_argument("--completions", help="completions that --rankings speak of (from accord sample)")
+    reward.add_argument("--rankings", help="raw rankings: prompt_id, labeler, ranks")
+    reward.add_argument("--out", type=Path, required=True, help="folder to save the reward model in")
+
+    rl = command(
+        "rl",
+        do_rl,
+        "Align a model with a reward: a reward model, a function over texts, a classifier, or a weighted list.",
+        "accord rl --prompts my.jsonl --reward my_rewards:brevity --out runs/brief",
+        RLSettings,
+    )
+    rl.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
+    rl.add_argument("--prompts", required=True, help="prompts: .jsonl, .json, .parquet, .txt or hf:ORG/NAME")
+    rl.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="[WEIGHT*]SPEC",
+        help="FOLDER of a reward model, package.module:function, or classifier:NAME[@LABEL]; repeat for a weighted list",
+    )
+    rl.add_argument("--validation", help="prompts for the validation score [a tenth of --prompts]")
+    rl.add_argument("--out", type=Path, required=True, help="run folder")
+
+    evaluate = command(
+        "evaluate",
+        do_evaluate,
+        "Compare an aligned model with a reference on held-out prompts.",
+        "accord evaluate --model runs/brief/policy --prompts held.jsonl --out runs/brief-eval",
+        EvaluationSettings,
+    )
+    evaluate.add_argument("--model", required=True, help="the aligned model; " + MODEL_HELP)
+    evaluate.add_argument("--against", default=BUNDLED, help="the reference; " + MODEL_HELP)
+    evaluate.add_argument("--prompts", required=True, help="held-out prompts")
+    evaluate.add_argument("--reward", action="append", metavar="[WEIGHT*]SPEC", help="also report this reward")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for the report, new")
+
+    chat = command("chat", do_chat, "Talk with a model in the terminal.", "accord chat --model runs/demo/policy")
+    chat.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
+    chat.add_argument("--temperature", type=float, default=0.7, help="sampling temperature; 0 is greedy [0.7]")
+    chat.add_argument("--max-new-tokens", type=int, default=200, help="length limit of an answer [200]")
+    for sub in commands.choices.values():
+        sub.set_defaults(options=[o for action in sub._actions for o in action.option_strings])
+    return parser
+
+
+def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, Any]:
+    """Values from --config under those typed on the command line, checked."""
+    values: dict[str, Any] = {}
+    if arguments.config:
+        path = Path(arguments.config)
+        if not path.is_file():
+            raise UserError(f"Config file {path} does not exist.")
+        values = load_yaml(path.read_text(), str(path))
+    values |= given(arguments, kind)
+    return build(kind, values, arguments.config or f"accord {arguments.command}").model_dump()
+
+
+def do_demo(arguments: argparse.Namespace) -> None:
+    arguments.recipe, arguments.show = "demo", False
+    if arguments.out is None and arguments.seed:
+        arguments.out = Path("runs") / f"demo-seed-{arguments.seed}"
+    do_run(arguments)
+
+
+def do_run(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    recipe = build(Recipe, load_yaml(recipe_text(arguments.recipe), arguments.recipe), arguments.recipe)
+    if arguments.seed is not None:
+        recipe = recipe.with_seed(arguments.seed)
+    if arguments.show:
+        print(yaml.safe_dump(recipe.model_dump(), sort_keys=False), end="")
+        return
+    from accord.estimate import print_estimate
+    from accord.pipeline import start
+
+    pipeline = start(recipe, arguments.out or Path("runs") / Path(arguments.recipe).stem)
+    print_estimate(pipeline.policy, recipe)
+    pipeline.go()
+
+
+def do_resume(arguments: argparse.Namespace) -> None:
+    from accord.api import finish_rl
+    from accord.pipeline import Pipeline
+    from accord.runs import Run
+
+    run, config = Run.open(arguments.run)
+    if config.get("command") == "run":
+        Pipeline(build(Recipe, config["recipe"], str(arguments.run / "config.yaml")), run).go()
+    elif config.get("command") == "rl":
+        finish_rl(run, config)
+        _after_rl(arguments.run)
+    else:
+        raise UserError(f"{arguments.run / 'config.yaml'} names no command that can be resumed ({config.get('command')!r}).")
+
+
+def do_sample(arguments: argparse.Namespace) -> None:
+    from accord.api import load, sample_to
+    from accord.data.sources import read_prompts
+
+    values = settings(arguments, SampleSettings)
+    prompts = read_prompts(arguments.prompts)
+    count = sample_to(arguments.out, load(arguments.model), prompts, **values)
+    console.print(f"{count} completions in {arguments.out}", soft_wrap=True)
+
+
+def do_reward(arguments: argparse.Namespace) -> None:
+    from accord.api import load, train_reward
+    from accord.data.pairs import group_pairs
+    from accord.data.sources import read_completions, read_pairs, read_rankings
+
+    values = settings(arguments, RewardSettings)
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} already exists; choose another --out or delete it.")
+    if bool(arguments.pairs) == bool(arguments.rankings) or bool(arguments.rankings) != bool(arguments.completions):
+        raise UserError("Give either --pairs, or --rankings together with --completions.")
+    if arguments.pairs:
+        groups = read_pairs(arguments.pairs)
+    else:
+        groups = group_pairs(read_completions(arguments.completions), read_rankings(arguments.rankings), values["fail_weight"])
+    model, report = train_reward(load(arguments.model), groups, **values)
+    model.save(arguments.out)
+    console.print(
+        f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
+        soft_wrap=True,
+    )
+    console.print(f"Reward model in {arguments.out}   (use: accord rl --reward {arguments.out} ...)", soft_wrap=True)
+
+
+def do_rl(arguments: argparse.Namespace) -> None:
+    from accord.api import finish_rl
+    from accord.runs import Run
+
+    values = settings(arguments, RLSettings)
+    config = {
+        "command": "rl",
+        "model": arguments.model,
+        "prompts": str(arguments.prompts),
+        "validation": arguments.validation,
+        "reward": arguments.reward,
+        "rl": values,
+    }
+    from accord.data.sources import read_prompts
+
+    read_prompts(arguments.prompts)  # a broken row is told before anything is created
+    console.print(f"[dim]{RLSettings(**values).arithmetic()}[/]", soft_wrap=True)
+    finish_rl(Run.create(arguments.out, config), config)
+    _after_rl(arguments.out)
+
+
+def _after_rl(folder: Path) -> None:
+    console.print(
+        f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: accord chat --model {folder / 'policy'})", soft_wrap=True
+    )
+
+
+def do_evaluate(arguments: argparse.Namespace) -> None:
+    from accord.api import evaluate, load
+    from accord.data.sources import read_prompts
+    from accord.evaluation.report import write_report
+    from accord.evaluation.summary import print_comparison
+    from accord.pipeline import save_comparison
+    from accord.runs import Run
+
+    values = settings(arguments, EvaluationSettings)
+    prompts = read_prompts(arguments.prompts)
+    config = {
+        "command": "evaluate",
+        "model": arguments.model,
+        "against": arguments.against,
+        "prompts": arguments.prompts,
+        "evaluation": values,
+    }
+    aligned, against = load(arguments.model), load(arguments.against)
+    run = Run.create(arguments.out, config)
+    comparison = evaluate(aligned, against, prompts, arguments.reward, **values)
+    save_comparison(run.folder, comparison)
+    print_comparison(comparison.to_json())
+    console.print(f"Report: {write_report(run.folder)}", soft_wrap=True)
+
+
+def do_chat(arguments: argparse.Namespace) -> None:
+    from accord.api import load
+    from accord.data.records import Prompt
+    from accord.rollout.engine import Engine
+    from accord.rollout.sampling import Sampling
+
+    policy = load(arguments.model)
+    engine, messages = Engine(policy, rows=1), list[dict[str, str]]()
+    console.print("[dim]An empty line or Ctrl-D ends the chat.[/]")
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        content: Any = messages if policy.tokenizer.has_chat_template else text
+        sampling = Sampling(arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=len(messages))
+        answer = engine.sample([Prompt(f"turn-{len(messages)}", content)], 1, sampling).texts[0]
+        console.print(answer, markup=False, style="cyan")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake ends in one sentence and a non-zero code, never in a traceback."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        if arguments.command == "chat":
+            arguments.function(arguments)
+            return 0
+        with orderly_stop():
+            arguments.function(arguments)
+        return 0
+    except Interrupted as stopped:
+        folder = getattr(arguments, "run", None) or getattr(arguments, "out", None)
+        hint = (
+            f" Go on with: accord resume {folder}"
+            if arguments.command in ("demo", "run", "rl", "resume")
+            else " Run the same command again to go on."
+        )
+        console.print(f"[yellow]{stopped}[/]{hint if folder else ''}", soft_wrap=True)
+        return stopped.code
+    except UserError as error:
+        print(f"accord: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("accord: stopped.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"accord: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return 2

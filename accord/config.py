@@ -1,0 +1,158 @@
+"""Typed settings: from YAML files and command-line options, unknown names refused with a suggestion."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from accord.errors import UserError, did_you_mean
+from accord.evaluation.compare import EvaluationSettings
+from accord.reward.settings import RewardSettings
+from accord.rl.settings import RLSettings
+from accord.rollout.sampling import Sampling
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class SampleSettings(BaseModel):
+    """Everything ``accord sample`` can be told about sampling."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    per_prompt: int = Field(4, ge=1, description="Completions of each prompt (K)")
+    max_new_tokens: int = Field(48, ge=1, description="Length limit of a completion, in tokens")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy")
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens only; 0 is off")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of this mass; 1 is off")
+    rows: int = Field(64, ge=1, description="Completions decoded side by side")
+    seed: int = Field(0, ge=0, description="Each completion's luck follows from it and from its prompt's id")
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.max_new_tokens, self.seed)
+
+
+class FeedbackSettings(BaseModel):
+    """Who ranks the completions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labelers: typing.Literal["simulated"] = Field("simulated", description="Who ranks: simulated labelers")
+    panel: str = Field("hhh", description="Which simulated panel")
+    seed: int = Field(0, ge=0, description="The labelers' noise")
+
+
+class Gates(BaseModel):
+    """What each stage must reach for the next to make sense."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_pairs: int = Field(200, ge=1, description="Pairs after the feedback stage")
+    reward_accuracy: float = Field(0.6, description="Lower bound of the reward model's held-out accuracy")
+    max_kl: float = Field(25.0, description="KL to the reference after PPO, nats a completion")
+    win_rate: float = Field(0.5, description="Lower bound of the win rate by gold")
+
+
+class Recipe(BaseModel):
+    """All stages of ``accord run``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("smollm2-135m-instruct", description="The bundled model, a local folder or a Hugging Face id")
+    prompts: str = Field("bundled", description="'bundled', or a file or dataset of prompts")
+    sample: SampleSettings = SampleSettings()  # type: ignore[call-arg]
+    feedback: FeedbackSettings = FeedbackSettings()  # type: ignore[call-arg]
+    reward: RewardSettings = RewardSettings()  # type: ignore[call-arg]
+    rl: RLSettings = RLSettings()  # type: ignore[call-arg]
+    evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
+    gates: Gates = Gates()  # type: ignore[call-arg]
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same recipe with another luck in every stage; evaluation keeps its own."""
+        stages = {name: getattr(self, name).model_copy(update={"seed": seed}) for name in ("sample", "feedback", "reward", "rl")}
+        return self.model_copy(update=stages)
+
+
+def recipe_text(name: str) -> str:
+    """A shipped recipe by name, or a YAML file."""
+    shipped = {p.name.removesuffix(".yaml"): p for p in files("accord.recipes").iterdir() if p.name.endswith(".yaml")}
+    if name in shipped:
+        return shipped[name].read_text()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"No recipe '{name}': shipped are {', '.join(sorted(shipped))}; or give a YAML file.{did_you_mean(name, shipped)}")
+    return path.read_text()
+
+
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold 'name: value' lines; it holds a {type(values).__name__}.")
+    return values
+
+
+def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Validate, and say what is wrong in one sentence: the setting, its value, the remedy."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known(kind, first["loc"][:-1])
+            raise UserError(
+                f"{where}: unknown setting '{name}'.{did_you_mean(str(first['loc'][-1]), known)} Known: {', '.join(known)}."
+            ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (it is {first['input']!r})" if name else ""
+        raise UserError(f"{where}: {f'{name}: ' if name else ''}{message}{given}.") from None
+
+
+def _known(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        annotation = kind.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> None:
+    """An option for each field: ``--kl-target``, with its description and default in the help."""
+    for name, field in kind.model_fields.items():
+        default = "off" if field.default is None else field.default
+        choices = _choices(field.annotation)
+        text = f"{field.description} [{default}]".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field.annotation)
+            parser.add_argument(flag, dest=name, default=None, metavar=metavar, help=text)
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(c) for c in typing.get_args(annotation)] if typing.get_origin(annotation) is typing.Literal else []
+
+
+def _metavar(annotation: Any) -> str:
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    return {int: "N", float: "X"}.get(annotation, "TEXT")
+
+
+def given(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, Any]:
+    """The options that were typed; ``null`` or ``off`` means none."""
+    typed = {name: getattr(arguments, name) for name in kind.model_fields if getattr(arguments, name) is not None}
+    return {name: None if value in ("null", "none", "off") else value for name, value in typed.items()}

@@ -1,0 +1,89 @@
+"""The records everything else speaks in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Content = str | list[dict[str, str]]
+SPLITS = ("train", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion answers: plain text or chat messages."""
+
+    id: str
+    content: Content
+    theme: str = ""
+
+    @property
+    def text(self) -> str:
+        """The last thing the user said; what people and text-based rewards look at."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "theme": self.theme, "prompt": self.content}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer to a prompt. ``finished`` is False when the length limit cut it."""
+
+    prompt: Prompt
+    text: str
+    finished: bool
+    index: int = 0
+    """Which of the K completions of its prompt this is."""
+    tokens: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.prompt.to_json(), "index": self.index, "completion": self.text, "finished": self.finished}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One labeler's judgement of the K completions of one prompt, kept as given.
+
+    ``ranks[k]`` is the rank of completion k (1 is best, equal numbers are ties) or None for ``F``:
+    nonsensical or unresponsive.
+    """
+
+    prompt_id: str
+    labeler: str
+    ranks: tuple[int | None, ...]
+    criterion: str = ""
+    simulated: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ranks": ["F" if r is None else r for r in self.ranks]}
+
+
+@dataclass(frozen=True)
+class PairGroup:
+    """The completions of one prompt and what its rankings say of them; one batch element of reward training.
+
+    ``pairs`` holds (preferred, other, weight) as indices into ``completions``.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    pairs: tuple[tuple[int, int, float], ...]
+
+
+@dataclass
+class RankedCompletions:
+    """What the feedback stage gives: completions by prompt, and every ranking of them."""
+
+    completions: dict[str, list[Completion]]
+    rankings: list[Ranking] = field(default_factory=list)
+
+
+def split_of(prompt_id: str, validation: float = 0.1, heldout: float = 0.25) -> str:
+    """``train``, ``validation`` or ``heldout``: a property of the id alone, the same in every run.
+
+    The id's SHA-256 as a number in [0, 1) is compared with the shares.
+    """
+    place = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") / 2**64
+    return "heldout" if place < heldout else "validation" if place < heldout + validation else "train"

@@ -1,0 +1,231 @@
+"""Prompts and pairs from JSONL, JSON, Parquet, text files and Hugging Face datasets; every error names file, row and field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accord.data.records import Completion, Content, PairGroup, Prompt, Ranking
+from accord.errors import UserError, did_you_mean
+from accord.text.tokenizer import ROLES
+
+PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file or dataset, each with its place (``file:row``) for error messages.
+
+    ``source`` is a ``.jsonl``, ``.json`` (a list), ``.parquet`` or ``.txt`` (a prompt a line) file, or
+    ``hf:ORG/NAME[:SPLIT]`` for a Hugging Face dataset (needs the ``datasets`` package).
+    """
+    name = str(source)
+    if name.startswith("hf:"):
+        yield from _hub_rows(name)
+        return
+    path = Path(name).expanduser()
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(f"File {path} does not exist.{did_you_mean(str(path), siblings)}")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if path.suffix == ".txt":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", {"prompt": line}
+    elif path.suffix == ".json":
+        rows = _json(text, str(path))
+        if not isinstance(rows, list):
+            raise UserError(f"{path} must hold a JSON list of objects; it holds a {type(rows).__name__}.")
+        for number, row in enumerate(rows, 1):
+            yield f"{path}:{number}", _object(row, f"{path}:{number}")
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, _object(_json(line, place), place)
+    else:
+        raise UserError(f"{path}: unknown kind of file '{path.suffix}'; use .jsonl, .json, .parquet or .txt.")
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON ({error}); fix or delete the row.") from None
+
+
+def _object(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f'{place} must be an object like {{"prompt": "..."}}; it is a {type(row).__name__}.')
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for number, row in enumerate(pq.read_table(path).to_pylist(), 1):
+            yield f"{path}:{number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{name} needs the datasets package: pip install 'accord[hub]'") from None
+    _, dataset, *rest = name.split(":")
+    try:
+        rows = load_dataset(dataset, split=rest[0] if rest else "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{name}:{number}", row
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises a different family of errors in each version
+        raise UserError(f"Dataset {name} cannot be read: {str(error).splitlines()[0][:200]}") from None
+
+
+def check_content(value: Any, place: str, field: str) -> Content:
+    """A non-empty text, or messages that end with the user's turn and have known roles."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{place}: field '{field}' is empty; give the prompt some text or delete the row.")
+        return value
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: field '{field}' must be text or a list of messages; it is {type(value).__name__}.")
+    messages = []
+    for number, message in enumerate(value, 1):
+        where = f"{place}: field '{field}', message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise UserError(f"{where} must have a 'role' and a text 'content'.")
+        role = str(message["role"])
+        if role not in ROLES:
+            raise UserError(f"{where} has the unknown role '{role}'; use {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
+        messages.append({"role": role, "content": message["content"]})
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{place}: field '{field}' ends with '{messages[-1]['role']}'; a prompt ends with the user.")
+    if not messages[-1]["content"].strip():
+        raise UserError(f"{place}: field '{field}' ends with an empty message.")
+    return messages
+
+
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Prompts with ids (the row number where none is given) and themes.
+
+    The prompt is the field ``prompt`` (or ``messages``, ``text``, ``question``, ``instruction``): text or
+    chat messages.
+
+    Raises:
+        UserError: naming file, row and field of the first thing that is wrong.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for number, (place, row) in enumerate(read_rows(source), 1):
+        field = next((f for f in PROMPT_FIELDS if row.get(f) is not None), None)
+        if field is None:
+            hint = next((h for key in row if (h := did_you_mean(str(key), PROMPT_FIELDS))), "")
+            raise UserError(f"{place} has no field 'prompt'; it has {sorted(map(str, row))}.{hint}")
+        content = check_content(row[field], place, field)
+        prompt_id = str(row.get("id") or f"row-{number:05d}")
+        if prompt_id in seen:
+            raise UserError(f"{place}: the id '{prompt_id}' is used already at {seen[prompt_id]}; ids must be unique.")
+        seen[prompt_id] = place
+        prompts.append(Prompt(prompt_id, content, str(row.get("theme") or "")))
+    if not prompts:
+        raise UserError(f"{source} holds no prompts.")
+    return prompts
+
+
+def read_pairs(source: str | Path) -> list[PairGroup]:
+    """Preference pairs (``prompt``, ``chosen``, ``rejected``), those of one prompt grouped together.
+
+    ``chosen`` and ``rejected`` are texts, or chats whose last message is the assistant's.
+    """
+    groups: dict[str, tuple[Prompt, list[Completion], list[tuple[int, int, float]]]] = {}
+    for number, (place, row) in enumerate(read_rows(source), 1):
+        for name in ("prompt", "chosen", "rejected"):
+            if row.get(name) is None:
+                hint = next((h for key in row if (h := did_you_mean(str(key), [name]))), "")
+                raise UserError(f"{place} has no field '{name}'; a pair needs prompt, chosen and rejected.{hint}")
+        content = check_content(row["prompt"], place, "prompt")
+        sides = [_completion_text(row[name], place, name) for name in ("chosen", "rejected")]
+        if sides[0] == sides[1]:
+            raise UserError(f"{place}: chosen and rejected are equal, so the pair teaches nothing; delete the row.")
+        key = json.dumps(content)
+        prompt_id = str(row.get("id") or row.get("prompt_id") or f"row-{number:05d}")
+        prompt, completions, pairs = groups.setdefault(key, (Prompt(prompt_id, content), [], []))
+        indices = []
+        for text in sides:
+            known = next((c.index for c in completions if c.text == text), None)
+            if known is None:
+                known = len(completions)
+                completions.append(Completion(prompt, text, bool(row.get("finished", True)), known))
+            indices.append(known)
+        pairs.append((indices[0], indices[1], 1.0))
+    if not groups:
+        raise UserError(f"{source} holds no pairs.")
+    return [PairGroup(p, tuple(c), tuple(w)) for p, c, w in groups.values()]
+
+
+def _completion_text(value: Any, place: str, field: str) -> str:
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{place}: field '{field}' must be a non-empty text or a chat that ends with one.")
+    return value
+
+
+def read_completions(source: str | Path) -> dict[str, list[Completion]]:
+    """What ``accord sample`` wrote: completions by prompt id, in the order of their index."""
+    found: dict[str, list[Completion]] = {}
+    for place, row in read_rows(source):
+        text = row.get("completion")
+        if not isinstance(text, str):
+            raise UserError(f"{place} has no text field 'completion'; was the file written by accord sample?")
+        prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
+        tokens = tuple(row.get("tokens") or ())
+        found.setdefault(prompt.id, []).append(
+            Completion(prompt, text, bool(row.get("finished", True)), int(row.get("index") or 0), tokens)
+        )
+    if not found:
+        raise UserError(f"{source} holds no completions.")
+    return {key: sorted(group, key=lambda c: c.index) for key, group in found.items()}
+
+
+def read_rankings(source: str | Path) -> list[Ranking]:
+    """Raw rankings as ``accord`` writes them: ``prompt_id``, ``labeler``, ``ranks`` (numbers and ``"F"``)."""
+    rankings = []
+    for place, row in read_rows(source):
+        ranks = row.get("ranks")
+        good = isinstance(ranks, list) and all(r == "F" or (isinstance(r, int) and r >= 1) for r in ranks)
+        if not good or not row.get("prompt_id"):
+            raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 and \"F\".")
+        rankings.append(
+            Ranking(
+                str(row["prompt_id"]),
+                str(row.get("labeler") or "unknown"),
+                tuple(None if r == "F" else r for r in ranks),  # type: ignore[union-attr]
+                str(row.get("criterion") or ""),
+                bool(row.get("simulated", False)),
+            )
+        )
+    return rankings
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows aside and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside.replace(path)

@@ -1,0 +1,33 @@
+"""The one error a user's mistake ends in: a sentence that names the place and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something outside accord is wrong (a file, a value, a disk); the message says what and what to do.
+
+    The command line prints the message alone, without a traceback, and exits with ``code``.
+    """
+
+    code = 2
+
+
+class GateMissed(UserError):
+    """A stage ended, but what it produced is not good enough for the next one."""
+
+    code = 3
+
+
+class Interrupted(UserError):
+    """The user asked to stop; everything up to here is saved."""
+
+    code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?``, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

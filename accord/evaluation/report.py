@@ -1,0 +1,96 @@
+"""``report.html``: one self-contained page about a run, made from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from accord.data.records import Completion, Prompt
+from accord.evaluation.charts import calibration_chart, line_chart
+from accord.evaluation.summary import headline, table_rows
+from accord.feedback.criterion import judge
+
+CURVES = (
+    ("Reward", {"score": "training", "validation_score": "validation"}, "Mean score of a step's completions, before the KL penalty."),
+    ("KL to the reference", {"kl": "KL"}, "Nats a completion, from the sampled tokens."),
+    ("Entropy", {"entropy": "entropy"}, "Nats a token, of the whole next-token distribution."),
+    ("Value loss", {"objective/value_loss": "loss"}, "Half the squared error of the critic."),
+    ("Explained variance", {"explained_variance": "share"}, "How much of the returns the critic foresees; 1 is all."),
+    ("Clip fraction", {"clip_fraction": "share"}, "Tokens whose gradient the clip removed."),
+    ("KL coefficient", {"kl_coef": "coefficient"}, "The leash."),
+    ("Length", {"length": "tokens"}, "Tokens a completion."),
+    ("Share that finishes", {"finished": "share"}, "The rest is cut by the length limit."),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` from whatever of the run exists so far."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    metrics = [m for m in _rows(folder / "metrics.jsonl") if m["step"] >= 0]
+    stages = _rows(folder / "stages.jsonl") + _rows(folder / "gates.jsonl")
+    completions = _rows(folder / "completions.jsonl")
+    charts = [line_chart(t, {label: _curve(metrics, key) for key, label in keys.items()}, note) for t, keys, note in CURVES]
+    if config["command"] == "run" and completions:
+        charts.insert(
+            1,
+            line_chart(
+                "Gold", {"gold": gold_curve(completions)}, "The noiseless criterion on the same completions; never shown to training."
+            ),
+        )
+    parts = sorted({k for m in metrics for k in m if k.startswith("reward/")})
+    if len(parts) > 1:
+        charts += [line_chart(k, {k: _curve(metrics, k)}, "One component of the reward, unweighted.") for k in parts]
+    facts = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else None
+    reward = next((s["facts"] for s in stages if s["stage"] == "reward"), None)
+    recipe = config.get("recipe", config)
+    page = jinja2.Environment(autoescape=True).from_string((files("accord.evaluation") / "report.html.j2").read_text())
+    last = max((c["step"] for c in completions), default=None)
+    top = sorted((c for c in completions if c["step"] == last and c["score"] is not None), key=lambda c: -c["score"])[:12]
+    html = page.render(
+        name=folder.name,
+        model=recipe.get("model", ""),
+        lead="prompts, completions, simulated rankings, reward model, PPO, measured." if "recipe" in config else "reinforcement learning from scores.",
+        headline=headline(facts) if facts else [],
+        table=table_rows(facts) if facts else [],
+        samples=[[{**side, "text": _text(side["prompt"])} for side in pair] for pair in facts["samples"]] if facts else [],
+        charts=[c for c in charts if c],
+        reward=reward,
+        reward_charts=[
+            line_chart("Loss", {"loss": list(enumerate(reward["losses"]))}, "-log sigmoid(preferred - other), a step's mean."),
+            calibration_chart(reward["bins"]),
+        ] if reward else [],
+        rows=[{**c, "text": _text(c["prompt"])} for c in top],
+        stages=stages,
+        warnings=[w["warning"] for w in _rows(folder / "warnings.jsonl")],
+        settings=yaml.safe_dump(config, sort_keys=False),
+    )  # fmt: skip
+    path = folder / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def gold_curve(completions: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Mean gold score of each training step's completions."""
+    records = [Completion(Prompt(c["id"], c["prompt"]), c["completion"], c["finished"]) for c in completions]
+    by_step = defaultdict(list)
+    for row, judged in zip(completions, judge(records), strict=True):
+        by_step[row["step"]].append(judged.gold)
+    return [(step + 1, sum(g) / len(g)) for step, g in sorted(by_step.items())]
+
+
+def _curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(m["step"] + 1, float(m[key])) for m in metrics if m.get(key) is not None]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

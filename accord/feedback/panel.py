@@ -1,0 +1,65 @@
+"""Simulated labelers: honestly named, for demos and tests. They see the criterion through weights and noise of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from accord.data.records import Completion, RankedCompletions, Ranking
+from accord.errors import UserError, did_you_mean
+from accord.feedback.criterion import VERSION, Parts, judge, weighted
+
+
+@dataclass(frozen=True)
+class SimulatedLabeler:
+    """Ranks by its own weighted sum plus Gaussian noise; scores closer than ``tie`` share a rank."""
+
+    name: str
+    weights: Parts
+    noise: float
+    tie: float
+
+    def rank(self, completions: Sequence[Completion], seed: int) -> Ranking:
+        """One ranking of the K completions of one prompt; the noise depends on seed, labeler and prompt alone."""
+        prompt_id = completions[0].prompt.id
+        rng = np.random.default_rng([seed, *f"{self.name}/{prompt_id}".encode()])
+        judged = judge(completions)
+        seen = [weighted(j.parts, self.weights) + rng.normal(0, self.noise) for j in judged]
+        ranks: list[int | None] = [None] * len(completions)
+        rank, last = 0, float("inf")
+        for k in sorted(range(len(seen)), key=lambda k: -seen[k]):
+            if judged[k].nonsense:
+                continue
+            if last - seen[k] > self.tie:  # measured from the best of a rank, so that ties do not chain
+                rank, last = rank + 1, seen[k]
+            ranks[k] = rank
+        return Ranking(prompt_id, self.name, tuple(ranks), VERSION, simulated=True)
+
+
+PANELS = {
+    "hhh": (
+        SimulatedLabeler("simulated-careful", Parts(0.25, 0.25, 0.15, 0.25, 0.10), noise=0.02, tie=0.02),
+        SimulatedLabeler("simulated-brisk", Parts(0.15, 0.15, 0.25, 0.20, 0.25), noise=0.05, tie=0.05),
+        SimulatedLabeler("simulated-kind", Parts(0.15, 0.20, 0.15, 0.40, 0.10), noise=0.08, tie=0.03),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SimulatedPanel:
+    labelers: tuple[SimulatedLabeler, ...]
+    seed: int = 0
+
+    def rank(self, completions: dict[str, list[Completion]]) -> RankedCompletions:
+        """Every labeler ranks the completions of every prompt."""
+        rankings = [labeler.rank(group, self.seed) for group in completions.values() for labeler in self.labelers]
+        return RankedCompletions(completions, rankings)
+
+
+def simulated_panel(name: str = "hhh", seed: int = 0) -> SimulatedPanel:
+    """A named panel of simulated labelers; ``hhh`` has three."""
+    if name not in PANELS:
+        raise UserError(f"No simulated panel '{name}'; there is {', '.join(PANELS)}.{did_you_mean(name, PANELS)}")
+    return SimulatedPanel(PANELS[name], seed)

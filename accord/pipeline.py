@@ -1,0 +1,227 @@
+"""``accord run``: the stages of a recipe in one run folder, each with its gate, each skipped on resume once done."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from accord.api import evaluate as compare_policies
+from accord.api import run_rl, sample_to
+from accord.config import Recipe
+from accord.data.pairs import group_pairs, grouped_pairs
+from accord.data.records import SPLITS, Prompt, split_of
+from accord.data.sources import read_completions, read_prompts, read_rankings, write_jsonl
+from accord.errors import GateMissed
+from accord.evaluation.compare import Comparison, first_by_id
+from accord.evaluation.report import write_report
+from accord.evaluation.summary import print_comparison
+from accord.feedback.panel import simulated_panel
+from accord.progress import console
+from accord.reward.training import train_reward_model
+from accord.rollout.policy import Policy
+from accord.runs import Run, write_whole
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a stage had to reach, what it reached, and what to try if that is not enough."""
+
+    expects: str
+    got: str
+    passed: bool
+    remedy: str
+
+
+@dataclass
+class Done:
+    """What a stage leaves: a gate, facts for the report, tokens processed."""
+
+    gate: Gate
+    facts: dict[str, Any]
+    tokens: int = 0
+
+
+class Pipeline:
+    """Runs a recipe's stages in order. A finished stage has a line in ``stages.jsonl`` and its files in the folder."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        self._policy: Policy | None = None
+
+    @property
+    def policy(self) -> Policy:
+        if self._policy is None:
+            self._policy = Policy.load(self.recipe.model, self.recipe.rl.dtype)
+        return self._policy
+
+    def go(self) -> None:
+        """Every stage that is not done yet, then the report.
+
+        Raises:
+            GateMissed: a stage ended below its gate; the message says which and what to try.
+        """
+        stages: Sequence[tuple[str, Callable[[], Done]]] = (
+            ("prompts", self.prompts),
+            ("completions", self.completions),
+            ("feedback", self.feedback),
+            ("reward", self.reward),
+            ("rl", self.rl),
+            ("evaluation", self.evaluation),
+        )
+        done = {row["stage"] for row in self.run.read("stages.jsonl")}
+        for number, (name, stage) in enumerate(stages, 1):
+            if name in done:
+                console.print(f"[dim]{number}/{len(stages)} {name}: done before[/]")
+                continue
+            console.print(f"[bold]{number}/{len(stages)} {name}[/]")
+            clock = time.perf_counter()
+            result = stage()
+            seconds = time.perf_counter() - clock
+            gate = result.gate
+            row = {"stage": name, "seconds": round(seconds, 1), "tokens": result.tokens, "gate": gate.__dict__, "facts": result.facts}
+            row["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            colour, mark = ("green", "passed") if gate.passed else ("red", "MISSED")
+            console.print(f"  [{colour}]gate {mark}[/]: expected {gate.expects}; got {gate.got} [dim]({seconds:.0f} s)[/]", soft_wrap=True)
+            self.run.append("gates.jsonl" if not gate.passed else "stages.jsonl", [row])
+            if name in ("rl", "evaluation"):
+                write_report(self.run.folder)
+            if not gate.passed:
+                raise GateMissed(
+                    f"Stage '{name}' missed its gate: expected {gate.expects}, got {gate.got}. {gate.remedy} Its files are kept in {self.run.folder}."
+                )
+        write_report(self.run.folder)
+        self.summary()
+
+    # Stages. Each reads what the ones before it wrote, so that a resumed run does the same.
+
+    def prompts(self) -> Done:
+        if self.recipe.prompts == "bundled":
+            with as_file(files("accord.recipes") / "prompts.jsonl") as path:
+                prompts = read_prompts(path)
+        else:
+            prompts = read_prompts(self.recipe.prompts)
+        rows = [{**p.to_json(), "split": split_of(p.id)} for p in prompts]
+        write_jsonl(self.run.folder / "prompts.jsonl", rows)
+        sizes = {name: sum(row["split"] == name for row in rows) for name in SPLITS}
+        themes = {t: sum(p.theme == t for p in prompts) for t in sorted({p.theme for p in prompts})}
+        needed = {"train": self.recipe.rl.prompts_per_step, "validation": 5, "heldout": 5}
+        gate = Gate(
+            f"at least {needed['train']} training, 5 validation and 5 held-out prompts",
+            ", ".join(f"{n} {name}" for name, n in sizes.items()),
+            all(sizes[name] >= n for name, n in needed.items()),
+            "Add prompts.",
+        )
+        return Done(gate, {"splits": sizes, "themes": themes})
+
+    def split(self, name: str) -> list[Prompt]:
+        return [p for p in read_prompts(self.run.folder / "prompts.jsonl") if split_of(p.id) == name]
+
+    def completions(self) -> Done:
+        path = self.run.folder / "sampled.jsonl"
+        prompts = [*self.split("train"), *self.split("validation")]
+        sample_to(path, self.policy, prompts, **self.recipe.sample.model_dump())
+        sampled = [c for group in read_completions(path).values() for c in group]
+        tokens = sum(len(c.tokens) for c in sampled)
+        words = sum(bool(c.text.strip()) for c in sampled) / len(sampled)
+        finished = sum(c.finished for c in sampled) / len(sampled)
+        gate = Gate(
+            "at least 90% of completions with text",
+            f"{words:.1%} of {len(sampled)}",
+            words >= 0.9,
+            "Check the model and its chat template.",
+        )
+        return Done(gate, {"completions": len(sampled), "finished": finished}, tokens)
+
+    def feedback(self) -> Done:
+        settings = self.recipe.feedback
+        completions = read_completions(self.run.folder / "sampled.jsonl")
+        ranked = simulated_panel(settings.panel, settings.seed).rank(completions)
+        write_jsonl(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
+        groups = grouped_pairs(ranked, self.recipe.reward.fail_weight)
+        pairs = sum(len(g.pairs) for g in groups)
+        ranks = [r for ranking in ranked.rankings for r in ranking.ranks]
+        ties = sum(len(given) - len(set(given)) for ranking in ranked.rankings if (given := [r for r in ranking.ranks if r]))
+        facts = {
+            "labelers": sorted({r.labeler for r in ranked.rankings}),
+            "rankings": len(ranked.rankings),
+            "pairs": pairs,
+            "tied_share": ties / len(ranks),
+            "fail_share": sum(r is None for r in ranks) / len(ranks),
+        }
+        least = self.recipe.gates.min_pairs
+        return Done(Gate(f"at least {least} pairs", str(pairs), pairs >= least, "Sample more prompts or completions."), facts)
+
+    def reward(self) -> Done:
+        completions = read_completions(self.run.folder / "sampled.jsonl")
+        rankings = read_rankings(self.run.folder / "rankings.jsonl")
+        groups = group_pairs(completions, rankings, self.recipe.reward.fail_weight)
+        train, held = ([g for g in groups if split_of(g.prompt.id) == name] for name in ("train", "validation"))
+        model, report = train_reward_model(self.policy, train, held, self.recipe.reward)
+        model.save(self.run.folder / "reward")
+        least, accuracy = self.recipe.gates.reward_accuracy, report.accuracy
+        gate = Gate(
+            f"held-out accuracy with a lower bound of at least {least:g}",
+            f"{accuracy} on {report.heldout_pairs} pairs of {report.heldout_groups} prompts",
+            accuracy.low >= least,
+            "Give more rankings, or train longer (reward.epochs) or deeper (reward.top_layers).",
+        )
+        return Done(gate, report.to_json(), sum(len(c.tokens) for g in groups for c in g.completions) * self.recipe.reward.epochs)
+
+    def rl(self) -> Done:
+        outcome = run_rl(
+            self.run, self.policy, self.split("train"), str(self.run.folder / "reward"), self.recipe.rl, self.split("validation")
+        )
+        metrics = [m for m in self.run.read("metrics.jsonl") if m["step"] >= 0]
+        kl, limit = metrics[-1]["kl"], self.recipe.gates.max_kl
+        gate = Gate(
+            f"KL under {limit:g} nats a completion", f"{kl:.1f} after {outcome.steps} steps ({outcome.stopped})", kl < limit,
+            "Raise rl.kl_coef, lower rl.kl_target or rl.learning_rate.",
+        )  # fmt: skip
+        return Done(gate, {"stopped": outcome.stopped, "steps": outcome.steps, "kl": kl}, int(sum(m["tokens"] for m in metrics)))
+
+    def evaluation(self) -> Done:
+        aligned = Policy.load(str(self.run.folder / "policy"), self.recipe.rl.dtype)
+        comparison = compare_policies(
+            aligned, self.policy, self.split("heldout"), str(self.run.folder / "reward"), **self.recipe.evaluation.model_dump()
+        )
+        save_comparison(self.run.folder, comparison)
+        wins, least = comparison.win_rate, self.recipe.gates.win_rate
+        if wins is None:
+            change = comparison.change["score"]
+            gate = Gate(
+                "a held-out score that rises, interval above zero", str(change), change.low > 0, "Train longer, or check the reward."
+            )
+        else:
+            gate = Gate(
+                f"win rate by gold with a lower bound of at least {least:g}", str(wins), wins.low >= least,
+                "Train longer (rl.max_steps); if the score rose and gold did not, the reward model is being gamed: read report.html.",
+            )  # fmt: skip
+        tokens = sum(int(m.values["length"]) for pair in comparison.samples for m in pair)
+        return Done(gate, comparison.to_json(), tokens)
+
+    def summary(self) -> None:
+        facts = next(row["facts"] for row in reversed(self.run.read("stages.jsonl")) if row["stage"] == "evaluation")
+        print_comparison(facts)
+        rows = self.run.read("stages.jsonl")
+        total, peak = sum(r["seconds"] for r in rows), max(r["peak_memory_gb"] for r in rows)
+        console.print(f"All gates passed in {total / 60:.1f} minutes, peak memory {peak:.1f} GB.")
+        console.print(f"Report: {self.run.folder / 'report.html'}", soft_wrap=True)
+        console.print(f"Model:  {self.run.folder / 'policy'}   (try: accord chat --model {self.run.folder / 'policy'})", soft_wrap=True)
+
+
+def save_comparison(folder: Path, comparison: Comparison) -> None:
+    """``evaluation.json``, every evaluated completion, and the first twelve prompts by id for the report."""
+    samples = [[m.to_json() for m in pair] for pair in first_by_id(comparison)]
+    write_whole(folder / "evaluation.json", json.dumps({**comparison.to_json(), "samples": samples}, indent=1, ensure_ascii=False))
+    rows = [{"model": side, **m.to_json()} for pair in comparison.samples for side, m in zip(("reference", "aligned"), pair, strict=True)]
+    write_jsonl(folder / "evaluated.jsonl", rows)
+
+
+def start(recipe: Recipe, out: str | Path) -> Pipeline:
+    return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}))

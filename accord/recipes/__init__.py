@@ -1,0 +1,1 @@
+"""Shipped recipes (all settings of a whole run) and the prompts written for this project."""

@@ -1,0 +1,222 @@
+"""The reward model: the upper layers of the starting policy with a scalar head, on the shared frozen trunk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from accord.data.records import Completion, Content, Prompt
+from accord.errors import UserError
+from accord.nn.foreign import ForeignModel
+from accord.nn.loading import Model, load_model
+from accord.nn.transformer import Transformer
+from accord.nn.weights import fingerprint, merged_state, save_folder
+from accord.rollout.engine import encode_checked
+from accord.rollout.policy import Policy, share_layers
+from accord.rollout.rollout import Rollout, from_completions, micro_batches
+from accord.rollout.scoring import final_hidden
+from accord.text.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+class ScalarModel(nn.Module):
+    """Layers from ``cut`` upwards with a linear head: one number a position. Both reward model and critic.
+
+    The layers below ``cut`` belong to the frozen starting model and are shared with it. Of a model that
+    accord does not compute itself (``cut`` 0) it is a whole copy.
+    """
+
+    def __init__(self, start: Model, cut: int) -> None:
+        super().__init__()
+        self.cut = cut
+        if isinstance(start, ForeignModel):
+            self.model: Model = copy.deepcopy(start).float().requires_grad_(True)
+        else:
+            self.model = share_layers(start, cut)
+        self.head = nn.Linear(start.output_matrix.shape[1], 1, device=start.device)
+        nn.init.normal_(self.head.weight, std=1 / start.output_matrix.shape[1])
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """(B,T) fp32: the head's output after reading each token. Uses the rollout's trunk if it is cut here."""
+        out: Tensor = self.head(final_hidden(self.model, rollout, self.cut).float())[..., 0]
+        return out
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def trunk_fingerprint(self) -> str:
+        """Of the embedding and the layers below the cut: equal prints mean equal activations."""
+        backbone = self.model.model
+        state = {f"embed.{k}": v for k, v in backbone.embed_tokens.state_dict().items()}
+        for i, block in enumerate(backbone.layers[: self.cut]):
+            state |= {f"{i}.{k}": v for k, v in block.state_dict().items()}
+        return fingerprint(state)
+
+
+class RewardModel:
+    """Scores completions; higher is preferred.
+
+    Attributes:
+        scalar: the network. Its output is the *raw* score, in logits of the Bradley-Terry model.
+        mean, scale: of the raw scores of the training completions. :meth:`score` returns
+            (raw - mean) / scale, so a score means the same everywhere.
+    """
+
+    def __init__(self, scalar: ScalarModel, tokenizer: Tokenizer, raw: dict[str, Any], context: int, mean: float, scale: float) -> None:
+        self.scalar, self.tokenizer, self.raw, self._context = scalar, tokenizer, raw, context
+        self.mean, self.scale = mean, scale
+
+    @classmethod
+    def on(cls, policy: Policy, top_layers: int) -> RewardModel:
+        """An untrained reward model on the policy's own trunk."""
+        if isinstance(policy.model, ForeignModel):
+            raise UserError(f"A reward model needs an architecture accord computes; '{policy.raw.get('model_type')}' is not one.")
+        depth = policy.model.depth
+        if not 1 <= top_layers <= depth:
+            raise UserError(f"top_layers is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
+        scalar = ScalarModel(policy.model, depth - top_layers)
+        return cls(scalar, policy.tokenizer, policy.raw, policy.context, 0.0, 1.0)
+
+    def encode(self, completions: Sequence[Completion]) -> Rollout:
+        """Rows of prompt and completion, as the policy's own rollouts are laid out."""
+        encoded = []
+        for c in completions:
+            answer = list(c.tokens) or self.tokenizer.encode_completion(c.text, c.finished)
+            if not answer:
+                raise UserError(f"Prompt '{c.prompt.id}', completion {c.index} is empty; there is nothing to score.")
+            encoded.append((encode_checked(self, c.prompt, len(answer)), answer))
+        rollout = from_completions(encoded, list(completions), self.tokenizer.pad_id)
+        device = self.scalar.model.device
+        for name in ("tokens", "positions", "token_mask", "response_mask", "engine_logprobs", "finished"):
+            setattr(rollout, name, getattr(rollout, name).to(device))
+        return rollout
+
+    def raw_scores(self, rollout: Rollout) -> Tensor:
+        """(B,) raw scores: the head's output after the last response token. Differentiable."""
+        return self.scalar(rollout).gather(1, rollout.last[:, None])[:, 0]
+
+    @torch.no_grad()
+    def logits(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
+        """(B,) raw - mean. As a classifier: the log-odds of being preferred to an average completion."""
+        out = torch.zeros(len(rollout), device=rollout.tokens.device)
+        for rows in micro_batches(rollout.lengths, token_budget):
+            out[rows] = self.raw_scores(rollout.select(rows)).float()
+        return out - self.mean
+
+    def score_rollout(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
+        """(B,) normalised scores."""
+        return self.logits(rollout, token_budget) / self.scale
+
+    def score(self, prompts: Sequence[Content], completions: Sequence[str]) -> list[float]:
+        """Normalised scores of texts."""
+        return self.score_rollout(self.encode(self._records(prompts, completions))).tolist()
+
+    def classify(self, prompts: Sequence[Content], completions: Sequence[str]) -> list[dict[str, float]]:
+        """``logit`` and ``probability`` that a completion would be preferred to an average one."""
+        logits = self.logits(self.encode(self._records(prompts, completions)))
+        return [{"logit": z, "probability": p} for z, p in zip(logits.tolist(), logits.sigmoid().tolist(), strict=True)]
+
+    @staticmethod
+    def _records(prompts: Sequence[Content], completions: Sequence[str]) -> list[Completion]:
+        pairs = zip(prompts, completions, strict=True)
+        return [Completion(Prompt(f"row-{i}", p), text, True) for i, (p, text) in enumerate(pairs)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that ``transformers`` opens as a sequence classifier with one label."""
+        folder = Path(folder)
+        state = {n: t for n, t in merged_state(self.scalar.model).items() if not n.startswith("lm_head")}
+        state["score.weight"] = self.scalar.head.weight.detach().cpu()
+        kind = str(self.raw.get("architectures", ["LlamaForCausalLM"])[0]).replace("ForCausalLM", "ForSequenceClassification")
+        save_folder(
+            folder,
+            self.raw,
+            state,
+            architectures=[kind],
+            num_labels=1,
+            id2label={"0": "score"},
+            label2id={"score": 0},
+            pad_token_id=self.tokenizer.pad_id,
+        )
+        self.tokenizer.save(folder)
+        about = {
+            "kind": "reward_model",
+            "format": FORMAT,
+            "cut": self.scalar.cut,
+            "mean": self.mean,
+            "scale": self.scale,
+            "head_bias": float(self.scalar.head.bias),
+            "trunk": self.scalar.trunk_fingerprint(),
+        }
+        (folder / "accord.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, name: str | Path, policy: Policy | None = None) -> RewardModel:
+        """Open a saved reward model; if its trunk is the policy's, the policy's is used and not held twice.
+
+        Raises:
+            UserError: no such folder, not a reward model, or its head is missing.
+        """
+        folder = Path(name)
+        about = read_about(folder)
+        dtype = None if policy is None else policy.model.compute_dtype
+        loaded = load_model(str(folder), dtype)
+        if isinstance(loaded.model, ForeignModel):
+            raise UserError(f"{folder} is no architecture accord computes; use classifier:{folder} instead.")
+        tensors = load_file(folder / "model.safetensors")
+        if "score.weight" not in tensors:
+            raise UserError(f"{folder / 'model.safetensors'} has no 'score.weight': the head is missing, so no score could be right.")
+        scalar = ScalarModel(loaded.model, int(about["cut"]))
+        _restore_top(scalar, tensors)
+        scalar.head.weight.data.copy_(tensors["score.weight"])
+        scalar.head.bias.data.fill_(float(about["head_bias"]))
+        scalar.requires_grad_(False)
+        context = int(loaded.raw.get("max_position_embeddings", 2048))
+        model = cls(scalar, Tokenizer.load(folder), loaded.raw, context, float(about["mean"]), float(about["scale"]))
+        if policy is not None and isinstance(policy.start, Transformer) and policy.start.depth >= scalar.cut:
+            theirs = ScalarModel(policy.start, scalar.cut) if policy.start.config == loaded.model.config else None
+            if theirs is not None and theirs.trunk_fingerprint() == about["trunk"]:
+                for i in range(scalar.cut):
+                    scalar.model.model.layers[i] = policy.start.model.layers[i]
+                scalar.model.model.embed_tokens = policy.start.model.embed_tokens
+                scalar.model.lm_head = policy.start.lm_head
+        return model
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def trunk_embedding(self) -> nn.Module:
+        """Identity of this module tells whether two models share their trunk."""
+        return self.scalar.model.model.embed_tokens
+
+
+def _restore_top(scalar: ScalarModel, tensors: dict[str, Tensor]) -> None:
+    """Put the trained layers back in the precision they were saved in, not the trunk's."""
+    for name, parameter in scalar.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(tensors[name])
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    path = folder / "accord.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a reward model saved by accord (no accord.json); train one with accord reward.")
+    try:
+        about = json.loads(path.read_text())
+        if about["kind"] != "reward_model" or about["format"] > FORMAT:
+            raise UserError(f"{path}: kind {about['kind']} format {about['format']}; this accord reads reward_model format {FORMAT}.")
+        if not {"cut", "mean", "scale", "head_bias", "trunk"} <= about.keys():
+            raise UserError(f"{path} lacks fields of a reward model; save it again.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); save the reward model again.") from None
+    return dict(about)

@@ -1,0 +1,21 @@
+"""The settings of reward-model training: the only place where their defaults stand."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RewardSettings(BaseModel):
+    """Everything ``accord reward`` can be told about training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top_layers: int = Field(6, ge=1, description="Layers that train, counted from the top; the rest is the shared trunk")
+    epochs: int = Field(2, ge=1, description="Passes over the training pairs")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts an optimizer step, each with all its completions and pairs")
+    learning_rate: float = Field(2e-4, gt=0, description="AdamW; warmed up over a tenth of the steps, then falling to a tenth")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
+    fail_weight: float = Field(1.0, ge=0, description="Weight of pairs of a ranked completion against one marked F")
+    heldout: float = Field(0.15, gt=0, lt=1, description="Share of prompts held out to measure on")
+    seed: int = Field(0, ge=0, description="Order of the prompts and first weights of the head")

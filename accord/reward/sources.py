@@ -1,0 +1,230 @@
+"""Where scores come from: reward models, functions, classifiers; alone or as a weighted sum, each logged by itself."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from accord.data.records import Completion
+from accord.errors import UserError
+from accord.reward.model import RewardModel
+from accord.reward.worker import serve
+from accord.rollout.policy import Policy
+from accord.rollout.rollout import Rollout
+from accord.text.tokenizer import Tokenizer
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float | None]]
+
+
+class Source(Protocol):
+    """One component of the reward."""
+
+    name: str
+
+    def score(self, rollout: Rollout) -> list[float | None]:
+        """A finite number for each row, or None for a row to be left out."""
+
+
+class Scores(NamedTuple):
+    total: Tensor  # (B,) weighted sum; 0 where invalid
+    valid: Tensor  # (B,) bool, False where a component gave None
+    parts: dict[str, list[float | None]]  # each component, unweighted
+
+
+class Reward:
+    """A weighted sum of sources."""
+
+    def __init__(self, sources: Sequence[tuple[float, Source]]) -> None:
+        self.sources = list(sources)
+
+    def __call__(self, rollout: Rollout) -> Scores:
+        total = torch.zeros(len(rollout), device=rollout.tokens.device)
+        valid = torch.ones(len(rollout), dtype=torch.bool, device=rollout.tokens.device)
+        parts = {}
+        for weight, source in self.sources:
+            values = source.score(rollout)
+            parts[source.name] = values
+            valid &= torch.tensor([v is not None for v in values], device=valid.device)
+            total += weight * torch.tensor([v if v is not None else 0.0 for v in values], device=total.device)
+        return Scores(torch.where(valid, total, 0.0), valid, parts)
+
+    def close(self) -> None:
+        for _, source in self.sources:
+            if isinstance(source, FunctionSource):
+                source.close()
+
+
+def check_scores(name: str, values: Any, rollout: Rollout) -> list[float | None]:
+    """One finite number or None a completion, or an error that names the function and the sample."""
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"Reward '{name}' must return a list; it returned {type(values).__name__}.")
+    if len(values) != len(rollout):
+        raise UserError(f"Reward '{name}' returned {len(values)} scores for {len(rollout)} completions; return one for each, None to skip.")
+    out: list[float | None] = []
+    for row, value in enumerate(values):
+        if value is None:
+            out.append(None)
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(
+                f"Reward '{name}' returned {value!r} for completion {rollout.indices[row]} of prompt "
+                f"'{rollout.prompts[row].id}' ({rollout.texts[row][:60]!r}); return a finite number, or None to skip it."
+            )
+        out.append(number)
+    return out
+
+
+class FunctionSource:
+    """``package.module:function`` in a worker process with a time limit."""
+
+    def __init__(self, path: str, timeout: float = 60.0) -> None:
+        self.name, self.timeout = path, timeout
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(path, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive("could not be imported")
+
+    def score(self, rollout: Rollout) -> list[float | None]:
+        try:
+            self._pipe.send(([p.text for p in rollout.prompts], list(rollout.texts)))
+        except OSError:
+            raise UserError(f"Reward '{self.name}': its process has ended; see its own output above.") from None
+        return check_scores(self.name, self._receive("raised"), rollout)
+
+    def _receive(self, failed: str) -> Any:
+        try:
+            if not self._pipe.poll(self.timeout):
+                self.close()
+                raise UserError(
+                    f"Reward '{self.name}' did not answer within {self.timeout:g} s and was stopped; make it faster or raise reward_timeout."
+                )
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise UserError(
+                f"Reward '{self.name}': its process died (exit code {self._process.exitcode}); it must return a list."
+            ) from None
+        if kind == "error":
+            raise UserError(f"Reward '{self.name}' {failed}: {value}")
+        return value
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class CallableSource:
+    """A Python function given in a notebook: called directly, trusted, without a time limit."""
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.name, self._function = getattr(function, "__name__", "function"), function
+
+    def score(self, rollout: Rollout) -> list[float | None]:
+        return check_scores(self.name, list(self._function([p.text for p in rollout.prompts], list(rollout.texts))), rollout)
+
+
+class RewardModelSource:
+    """A reward model. On the policy's own trunk it reads the activations the rollout kept."""
+
+    def __init__(self, name: str, model: RewardModel, policy: Policy) -> None:
+        self.name, self.model = name, model
+        self._same_tokens = model.tokenizer.fingerprint == policy.tokenizer.fingerprint
+        shared = getattr(policy.start, "model", None)
+        embedding = getattr(shared, "embed_tokens", None)
+        self.shares_trunk = model.trunk_embedding is embedding and model.scalar.cut == policy.trunk_layers
+
+    def score(self, rollout: Rollout) -> list[float | None]:
+        if not self._same_tokens:
+            rows = [Completion(p, t, bool(f)) for p, t, f in zip(rollout.prompts, rollout.texts, rollout.finished, strict=True)]
+            rollout = self.model.encode(rows)
+        elif not self.shares_trunk:
+            rollout = rollout.select(torch.arange(len(rollout)))
+            rollout.trunk = None
+        return list(self.model.score_rollout(rollout).tolist())
+
+
+class ClassifierSource:
+    """A sequence-classification model of Hugging Face: log-odds of one label (its score, if it has one label)."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        from accord.nn.loading import default_device, model_folder
+
+        self.name = name
+        source, _, label = name.removeprefix("classifier:").partition("@")
+        folder = model_folder(source)
+        self._tokenizer = Tokenizer.load(folder).inner
+        try:
+            self._model = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} is not a sequence classifier: {str(error).splitlines()[0]}") from None
+        self._model.to(default_device()).eval()
+        labels = {str(v): int(k) for k, v in self._model.config.id2label.items()}
+        if label and label not in labels:
+            raise UserError(f"{folder} has no label '{label}'; it has {', '.join(labels)}.")
+        if not label and len(labels) > 1:
+            raise UserError(f"{folder} has the labels {', '.join(labels)}; say which is good: {name}@LABEL")
+        self._index = labels[label] if label else 0
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> list[float | None]:
+        out: list[float | None] = []
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        for start in range(0, len(rollout), 32):
+            texts = rollout.texts[start : start + 32]
+            batch = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
+            logits = self._model(**batch.to(self._model.device)).logits.float()
+            if logits.shape[-1] > 1:
+                odds = torch.log_softmax(logits, -1)[:, self._index]
+                logits = (odds - torch.log1p(-odds.exp().clamp(max=1 - 1e-6)))[:, None]
+            out.extend(logits[:, 0].tolist())
+        return out
+
+
+def parse_reward(spec: str | RewardModel | RewardFunction, policy: Policy, timeout: float) -> tuple[float, Source]:
+    """``[WEIGHT*]FOLDER | [WEIGHT*]module:function | [WEIGHT*]classifier:NAME[@LABEL]``, or the object itself."""
+    if isinstance(spec, RewardModel):
+        return 1.0, RewardModelSource("reward_model", spec, policy)
+    if not isinstance(spec, str):
+        return 1.0, CallableSource(spec)
+    match = re.fullmatch(r"(?:([-+0-9.eE]+)\*)?(.+)", spec)
+    assert match is not None
+    try:
+        weight = float(match[1]) if match[1] else 1.0
+    except ValueError:
+        raise UserError(f"Reward '{spec}': the weight '{match[1]}' is not a number; write for example 0.5*{match[2]}") from None
+    name = match[2]
+    if name.startswith("classifier:"):
+        return weight, ClassifierSource(name)
+    if Path(name).is_dir():
+        return weight, RewardModelSource(name, RewardModel.load(name, policy), policy)
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        return weight, FunctionSource(name, timeout)
+    raise UserError(
+        f"Reward '{name}' is neither a folder, nor module:function, nor classifier:NAME. "
+        "Train a reward model with accord reward, or write a function over texts."
+    )
+
+
+def build_reward(specs: Any, policy: Policy, timeout: float = 60.0) -> Reward:
+    """A :class:`Reward` from one spec or a list of them (see :func:`parse_reward`)."""
+    many = specs if isinstance(specs, (list, tuple)) else [specs]
+    if not many:
+        raise UserError("No reward given: use --reward FOLDER, module:function or classifier:NAME.")
+    return Reward([parse_reward(spec, policy, timeout) for spec in many])

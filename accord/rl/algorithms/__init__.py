@@ -1,0 +1,1 @@
+"""One file an algorithm: how advantages are formed, its loss, its update."""

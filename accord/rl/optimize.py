@@ -1,0 +1,84 @@
+"""Gradient accumulation and the optimizer step, shared by every algorithm."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from accord.errors import UserError
+from accord.rl.experience import Experience
+from accord.rl.settings import RLSettings
+from accord.rollout.rollout import micro_batches
+
+Loss = Callable[[Experience, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+"""(rows, response tokens of the whole optimizer step) -> (loss, named scalars that add up over micro-batches)."""
+
+
+class Optimizer:
+    """AdamW over named groups of parameters, each with its own learning rate and gradient norm.
+
+    A step whose gradient is not finite is not taken; it is counted, and too many in a row stop the run.
+    """
+
+    def __init__(self, groups: Mapping[str, tuple[Mapping[str, Tensor], float]], settings: RLSettings) -> None:
+        self._settings = settings
+        self._groups = {name: list(parameters.values()) for name, (parameters, _) in groups.items()}
+        self._names = {name: list(parameters) for name, (parameters, _) in groups.items()}
+        self._rates = [rate for _, rate in groups.values()]
+        self._adam = torch.optim.AdamW(
+            [{"params": p} for p in self._groups.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8
+        )
+        self.skipped, self._in_a_row = 0, 0
+
+    def set_step(self, step: int) -> None:
+        """Learning rates of training step ``step`` (from 0): a linear rise over ``warmup_steps``, then constant."""
+        factor = min(1.0, (step + 1) / (self._settings.warmup_steps + 1))
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def step(self, rows: Experience, loss: Loss) -> dict[str, float]:
+        """One optimizer step over ``rows``, in micro-batches whose gradients add up to that of all rows at once."""
+        count = rows.mask.sum()
+        if count == 0:
+            return {}
+        stats: dict[str, float] = defaultdict(float)
+        self._adam.zero_grad(set_to_none=True)
+        for index in micro_batches(rows.rollout.lengths, self._settings.micro_batch_tokens):
+            value, named = loss(rows.select(index), count)
+            value.backward()  # type: ignore[no-untyped-call]
+            for name, scalar in named.items():
+                stats[name] += float(scalar.detach())
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm) for name, parameters in self._groups.items()
+        }
+        stats |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+        if all(bool(torch.isfinite(norm)) for norm in norms.values()):
+            self._adam.step()
+            self._in_a_row = 0
+        else:
+            self.skipped += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self._settings.max_nonfinite:
+                raise UserError(
+                    f"{self._in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
+                    "stops. The last checkpoint is whole. Lower learning_rate, or look for extreme scores in completions.jsonl."
+                )
+        return dict(stats)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name, for a checkpoint."""
+        out = {}
+        for group, parameters in self._groups.items():
+            for name, parameter in zip(self._names[group], parameters, strict=True):
+                for key, value in self._adam.state.get(parameter, {}).items():
+                    out[f"{group}/{name}/{key}"] = torch.as_tensor(value)
+        return out
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for group, parameters in self._groups.items():
+            for name, parameter in zip(self._names[group], parameters, strict=True):
+                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{group}/{name}/{k}" in state]
+                self._adam.state[parameter] = {k: state[f"{group}/{name}/{k}"].clone() for k in keys}

@@ -1,0 +1,99 @@
+"""The settings of reinforcement learning: the only place where their defaults stand."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from accord.rollout.sampling import Sampling
+
+
+class RLSettings(BaseModel):
+    """Everything ``accord rl`` can be told; batch sizes are in named units."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Literal["ppo"] = Field("ppo", description="How the policy learns from scores")
+    adaptation: Literal["auto", "split", "lora", "full"] = Field(
+        "auto",
+        description="What trains: the top layers (split), adapters (lora) or all weights (full); auto is split where accord computes the model itself, full elsewhere",
+    )
+    top_layers: int = Field(6, ge=1, description="Layers above the split: trained ones of the policy, and of the critic")
+    lora_rank: int = Field(16, ge=1, description="Rank of the adapters")
+    lora_alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / rank")
+
+    prompts_per_step: int = Field(32, ge=1, description="Prompts a step (a step is one rollout and its updates)")
+    completions_per_prompt: int = Field(2, ge=1, description="Completions of each prompt in a step")
+    max_new_tokens: int = Field(48, ge=1, description="Length limit of a completion, in tokens")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; scoring uses the same")
+    rows: int = Field(64, ge=1, description="Completions decoded side by side")
+
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount of later rewards")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade of bias (0) against variance (1)")
+    clip_epsilon: float = Field(0.2, gt=0, lt=1, description="How far the ratio may move before its gradient is cut")
+    value_coef: float = Field(0.5, ge=0, description="c1, weight of the value loss")
+    value_clip: float | None = Field(0.2, gt=0, description="How far a value may move from the old one in an update; null: no limit")
+    entropy_coef: float = Field(0.0, ge=0, description="c2, weight of the entropy bonus")
+    whiten_advantages: bool = Field(True, description="Subtract the mean of the advantages and divide by their standard deviation")
+
+    kl_coef: float = Field(0.05, ge=0, description="Penalty a nat of KL to the reference (the start value, if adaptive)")
+    kl_target: float | None = Field(None, gt=0, description="Steer kl_coef towards this KL in nats a completion; null: fixed")
+    kl_horizon: float = Field(2000.0, gt=0, description="Completions over which the adaptive coefficient reacts")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Estimator of the KL in the reward")
+    kl_warn: float = Field(25.0, gt=0, description="Warn when the policy is further than this from the reference, nats a completion")
+    kl_stop: float | None = Field(None, gt=0, description="Stop there; null: never")
+
+    truncation: Literal["penalize", "bootstrap", "nothing"] = Field(
+        "penalize", description="What a completion cut by the length limit gets besides its score"
+    )
+    truncation_penalty: float = Field(0.0, ge=0, description="Subtracted from the score of a cut completion")
+
+    epochs: int = Field(2, ge=1, description="Passes over a step's completions")
+    minibatches: int = Field(2, ge=1, description="Optimizer steps a pass")
+    micro_batch_tokens: int = Field(4096, ge=1, description="Padded tokens computed at once; changes memory, not the gradient")
+    learning_rate: float = Field(5e-5, gt=0, description="AdamW, policy")
+    critic_learning_rate: float = Field(1e-4, gt=0, description="AdamW, critic")
+    warmup_steps: int = Field(2, ge=0, description="Steps over which learning rates rise")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm, policy and critic each")
+    max_nonfinite: int = Field(
+        3, ge=1, description="Stop after this many optimizer steps in a row whose gradient is not finite (none is ever taken)"
+    )
+
+    max_steps: int = Field(50, ge=1, description="Stop after this many steps")
+    stop_at_score: float | None = Field(None, description="Stop when the validation score reaches this; null: never")
+    validate_every: int = Field(5, ge=1, description="Steps between validations")
+    validation_prompts: int = Field(32, ge=1, description="Validation prompts sampled each time, always the same, with the same luck")
+    checkpoint_every: int = Field(
+        10, ge=1, description="Steps between checkpoints; the newest two and the best by validation score are kept"
+    )
+    reward_timeout: float = Field(60.0, gt=0, description="Seconds a reward function may take for one step's completions")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of the computation; trained weights are kept in float32"
+    )
+    seed: int = Field(0, ge=0, description="Every random number follows from it")
+
+    @model_validator(mode="after")
+    def _check(self) -> RLSettings:
+        rows = self.prompts_per_step * self.completions_per_prompt
+        if rows % self.minibatches:
+            raise ValueError(
+                f"prompts_per_step x completions_per_prompt = {rows} completions do not divide into {self.minibatches} "
+                f"minibatches; set minibatches to a divisor of {rows}"
+            )
+        self.sampling(0).check_training()
+        return self
+
+    def sampling(self, step: int) -> Sampling:
+        """How step ``step`` samples."""
+        return Sampling(self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed * 1_000_003 + step)
+
+    def arithmetic(self) -> str:
+        """The batch sizes spelled out."""
+        rows = self.prompts_per_step * self.completions_per_prompt
+        updates = self.epochs * self.minibatches
+        return (
+            f"{self.prompts_per_step} prompts x {self.completions_per_prompt} completions = {rows} completions a step; "
+            f"{self.epochs} epochs x {self.minibatches} minibatches = {updates} optimizer steps of {rows // self.minibatches} completions; "
+            f"{self.max_steps} steps = {rows * self.max_steps} completions, {updates * self.max_steps} optimizer steps"
+        )

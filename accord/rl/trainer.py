@@ -1,0 +1,241 @@
+"""Reinforcement learning from scores: the loop that reads as its algorithm."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from accord.data.records import Prompt
+from accord.errors import UserError
+from accord.nn.foreign import ForeignModel
+from accord.nn.transformer import Transformer
+from accord.progress import bar, safe_point, stop_requested
+from accord.reward.model import RewardModel, ScalarModel
+from accord.reward.sources import Reward, RewardModelSource
+from accord.rl.algorithms.ppo import PPO
+from accord.rl.experience import Experience, score_rollout
+from accord.rl.kl import AdaptiveKL, FixedKL, KLController
+from accord.rl.optimize import Optimizer
+from accord.rl.selftest import self_test
+from accord.rl.settings import RLSettings
+from accord.rl.watch import Watch, measure
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+
+
+class Saved(NamedTuple):
+    step: int
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+
+class Recorder(Protocol):
+    """Where a run is written (:class:`accord.runs.Run`)."""
+
+    def log(self, step: int, stats: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], score: float | None) -> None: ...
+    def latest(self) -> Saved | None: ...
+
+
+@dataclass
+class Outcome:
+    """``stopped`` says why: max_steps, stop_at_score or kl_stop."""
+
+    policy: Policy
+    stopped: str
+    steps: int
+
+
+def train(
+    start: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    settings: RLSettings,
+    run: Recorder,
+    validation: Sequence[Prompt] = (),
+) -> Outcome:
+    """Train a policy that starts from ``start``, under a KL leash to it.
+
+    Continues from the run's latest checkpoint, if it has one, with the numbers an uninterrupted run would
+    have had.
+    """
+    if len(prompts) < settings.prompts_per_step:
+        raise UserError(
+            f"{len(prompts)} training prompts are fewer than prompts_per_step ({settings.prompts_per_step}); add prompts or lower it."
+        )
+    state = State.begin(start, reward, settings)
+    policy, critic, optimizer, kl = state.policy, state.critic, state.optimizer, state.kl
+    first = state.restore(run.latest())
+    engine, algorithm, watch = Engine(policy, settings.rows), PPO(settings), Watch(settings, run.warn)
+    held = list(validation)[: settings.validation_prompts]
+    stopped, step = "max_steps", first
+    with bar("PPO", settings.max_steps) as progress:
+        progress.advance(first)
+        for step in range(first, settings.max_steps):
+            clock = Clock()
+            batch = batch_of(prompts, step, settings)
+            rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True)
+            clock.lap("rollout")
+            scored = score_rollout(policy, critic, reward, rollout, settings)
+            if step == 0:
+                test = self_test(policy, scored, settings)
+                run.log(-1, {f"self_test/{k}": v[0] for k, v in test._asdict().items()}, [])
+            clock.lap("score")
+            experience = algorithm.advantages(scored, kl.coef)
+            stats = measure(experience, kl.coef)
+            optimizer.set_step(step)
+            stats |= algorithm.update(policy, critic, optimizer, experience, step)
+            clock.lap("update")
+            kl.update(stats["kl"], len(rollout))
+            watch.check(step, stats)
+            stats |= {"skipped_updates": float(optimizer.skipped), "tokens": float(rollout.response_mask.sum())}
+            last = step + 1 == settings.max_steps
+            if held and ((step + 1) % settings.validate_every == 0 or last):
+                stats["validation_score"] = state.validate(engine, held, reward)
+                clock.lap("validate")
+            run.log(step, stats | clock.laps, rows_of(experience, step))
+            progress.advance(1, f"score {stats['score']:.2f} KL {stats['kl']:.1f} skipped {optimizer.skipped}")
+            reason = stop_reason(settings, stats)
+            interrupted = stop_requested()
+            if (step + 1) % settings.checkpoint_every == 0 or last or reason or interrupted:
+                run.save(step + 1, state.tensors(), state.about(), stats.get("validation_score"))
+            if reason:
+                stopped = reason
+                break
+            safe_point("Training is saved.")
+    return Outcome(policy, stopped, step + 1)
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"seconds/{name}"] = now - self._last
+        self._last = now
+
+
+def batch_of(prompts: Sequence[Prompt], step: int, settings: RLSettings) -> list[Prompt]:
+    """The prompts of a step: every prompt once in a seeded order, then all again in another order."""
+    size = settings.prompts_per_step
+    picked = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, index = divmod(place, len(prompts))
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(prompts))
+        picked.append(prompts[int(order[index])])
+    return picked
+
+
+def stop_reason(settings: RLSettings, stats: Mapping[str, float]) -> str | None:
+    if settings.stop_at_score is not None and stats.get("validation_score", -math.inf) >= settings.stop_at_score:
+        return "stop_at_score"
+    if settings.kl_stop is not None and stats["kl"] >= settings.kl_stop:
+        return "kl_stop"
+    return None
+
+
+def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
+    """Every completion of a step with its scores, for completions.jsonl."""
+    kl = (e.old_logprobs - e.ref_logprobs).sum(-1).tolist()
+    return [
+        {
+            "step": step,
+            **completion.to_json(),
+            "tokens": len(completion.tokens),
+            "score": float(e.scores[row]) if bool(e.valid[row]) else None,
+            "parts": {name: values[row] for name, values in e.parts.items()},
+            "kl": round(kl[row], 4),
+        }
+        for row, completion in enumerate(e.rollout.completions())
+    ]
+
+
+@dataclass
+class State:
+    """Everything that changes while training, and so everything a checkpoint holds.
+
+    Random numbers are not among it: each is drawn from the seed and the step it is for.
+    """
+
+    policy: Policy
+    critic: ScalarModel
+    optimizer: Optimizer
+    kl: KLController
+    settings: RLSettings
+
+    @classmethod
+    def begin(cls, start: Policy, reward: Reward, settings: RLSettings) -> State:
+        native = isinstance(start.model, Transformer)
+        adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
+        top_layers = min(settings.top_layers, start.model.depth) if native else 0
+        policy = start.adapt(adaptation, top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
+        critic = make_critic(policy, reward)
+        optimizer = Optimizer(
+            {
+                "policy": (policy.trainable(), settings.learning_rate),
+                "critic": (critic.trainable(), settings.critic_learning_rate),
+            },
+            settings,
+        )
+        if settings.kl_target is None:
+            return cls(policy, critic, optimizer, FixedKL(settings.kl_coef), settings)
+        return cls(policy, critic, optimizer, AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon), settings)
+
+    def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward) -> float:
+        """Mean score of one completion of each validation prompt, with the same luck every time."""
+        rollout = engine.sample(held, 1, self.settings.sampling(-1), keep_trunk=True)
+        scored = reward(rollout)
+        return float(scored.total[scored.valid].mean())
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {f"policy/{n}": p.detach() for n, p in self.policy.trainable().items()}
+        out |= {f"critic/{n}": p.detach() for n, p in self.critic.trainable().items()}
+        return out | {f"optimizer/{n}": t for n, t in self.optimizer.state().items()}
+
+    def about(self) -> dict[str, Any]:
+        return {"kl": self.kl.state(), "skipped": self.optimizer.skipped}
+
+    def restore(self, saved: Saved | None) -> int:
+        """Take over a checkpoint; returns the step to go on with."""
+        if saved is None:
+            return 0
+        for prefix, parameters in (("policy", self.policy.trainable()), ("critic", self.critic.trainable())):
+            for name, parameter in parameters.items():
+                parameter.data.copy_(saved.tensors[f"{prefix}/{name}"])
+        moments = {n.removeprefix("optimizer/"): t for n, t in saved.tensors.items() if n.startswith("optimizer/")}
+        self.optimizer.load_state(moments)
+        self.optimizer.skipped = int(saved.about["skipped"])
+        self.kl.coef = float(saved.about["kl"]["coef"])
+        return saved.step
+
+
+def make_critic(policy: Policy, reward: Reward) -> ScalarModel:
+    """A value function on the frozen trunk, started from a reward model cut at the same place if there is one.
+
+    Its head then predicts the normalised, weighted score.
+    """
+    critic = ScalarModel(policy.start, policy.trunk_layers)
+    if isinstance(policy.start, ForeignModel):
+        return critic
+    for weight, source in reward.sources:
+        if isinstance(source, RewardModelSource) and source.shares_trunk:
+            model: RewardModel = source.model
+            mine = dict(critic.named_parameters())
+            for name, parameter in model.scalar.named_parameters():
+                if mine[name].requires_grad:
+                    mine[name].data.copy_(parameter)
+            critic.head.weight.data.mul_(weight / model.scale)
+            critic.head.bias.data.sub_(model.mean).mul_(weight / model.scale)
+            break
+    return critic

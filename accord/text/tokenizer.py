@@ -1,0 +1,79 @@
+"""Prompts to token ids (through the model's chat template) and completions back to text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accord.errors import UserError
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, narrowed to what accord needs.
+
+    Attributes:
+        eos_ids: ids that end a completion. They are part of it: the policy chose them.
+        pad_id: fills tensors; never used to decide what is padding.
+    """
+
+    def __init__(self, inner: Any, generation_eos: Sequence[int] = ()) -> None:
+        self.inner = inner
+        if inner.eos_token_id is None:
+            raise UserError("The tokenizer has no end-of-sequence token, so no completion could ever finish.")
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([inner.eos_token_id, *generation_eos]))
+        self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        from transformers import AutoTokenizer, GenerationConfig
+
+        try:
+            inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # tokenizer classes raise anything from KeyError to a bare Exception
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"No usable tokenizer in {folder} ({reason}); tokenizer.json belongs beside the weights.") from None
+        eos: Any = []
+        if (folder / "generation_config.json").is_file():
+            eos = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+        return cls(inner, eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    def save(self, folder: Path) -> None:
+        self.inner.save_pretrained(str(folder))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.inner.chat_template)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Ids of a prompt, up to where the completion starts.
+
+        Messages, and a plain text when the model has a chat template, go through the template (a text is
+        one user message). Without a template a text is encoded as it stands, and messages are an error.
+        """
+        if not self.has_chat_template:
+            if not isinstance(prompt, str):
+                raise UserError("The prompt is a chat, but this model's tokenizer has no chat template; give plain text.")
+            return list(self.inner(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.inner(text, add_special_tokens=False)["input_ids"])
+
+    def encode_completion(self, text: str, finished: bool) -> list[int]:
+        """Ids of a completion, with the end-of-sequence token if it finished by itself."""
+        ids = list(self.inner(text, add_special_tokens=False)["input_ids"])
+        return ids + [self.eos_ids[0]] if finished else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, special tokens left out."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that give the same ids for the same text."""
+        vocabulary = sorted(self.inner.get_vocab().items())
+        return hashlib.sha256(repr((vocabulary, self.inner.chat_template)).encode()).hexdigest()
