@@ -20,12 +20,14 @@ class ForeignModel(nn.Module):
 
     depth = 0
 
+    inner: Any
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
         self.compute_dtype = next(inner.parameters()).dtype
-        base = inner.base_model  # type: ignore[union-attr]
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters  # type: ignore[union-attr]
+        base = self.inner.base_model
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._check_head()
 
     @property
@@ -35,28 +37,24 @@ class ForeignModel(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Final hidden states (B,T,D), with a constant 1 appended where the head has a bias."""
         extra = {"position_ids": positions} if self._takes_positions else {}
-        out = self.inner.base_model(  # type: ignore[union-attr]
-            input_ids=tokens, attention_mask=mask.long(), use_cache=False, **extra
-        )
+        out = self.inner.base_model(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **extra)
         return self._with_one(out.last_hidden_state)
 
     def advance(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One decoding step on left-padded rows: last hidden state (B,D) and the grown cache."""
         extra = {"position_ids": positions} if self._takes_positions else {}
-        out = self.inner.base_model(  # type: ignore[union-attr]
-            input_ids=tokens, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra
-        )
+        out = self.inner.base_model(input_ids=tokens, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
         return self._with_one(out.last_hidden_state)[:, -1], out.past_key_values
 
     @property
     def output_matrix(self) -> Tensor:
-        head = self.inner.get_output_embeddings()  # type: ignore[operator]
+        head = self.inner.get_output_embeddings()
         if getattr(head, "bias", None) is None:
             return head.weight
         return torch.cat((head.weight, head.bias[:, None]), dim=-1)
 
     def _with_one(self, hidden: Tensor) -> Tensor:
-        head = self.inner.get_output_embeddings()  # type: ignore[operator]
+        head = self.inner.get_output_embeddings()
         if getattr(head, "bias", None) is None:
             return hidden
         return torch.cat((hidden, torch.ones_like(hidden[..., :1])), dim=-1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     kind = str(config.rope.get("rope_type", "default"))
     theta = float(config.rope["rope_theta"])  # type: ignore[arg-type]
     if kind == "default":
-        return theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
+        return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim), 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -71,7 +72,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope),
     )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stand_in, device=torch.device("cpu"))
+    with torch.device("cpu"):
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stand_in, device=torch.device("cpu"))
     return frequencies.float(), float(scale)
 
 
@@ -267,6 +269,11 @@ class Transformer(nn.Module):
         return self.config.num_hidden_layers
 
     @property
+    def blocks(self) -> list[Block]:
+        """The layers, bottom first."""
+        return cast("list[Block]", list(self.model.layers))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype activations are computed in; trained weights may be kept in fp32 under it."""
         return self.compute_dtype
@@ -286,13 +293,13 @@ class Transformer(nn.Module):
     def lower(self, tokens: Tensor, geometry: Geometry, split: int) -> Tensor:
         """Embed and run the layers below ``split``. tokens (B,T) -> (B,T,D)."""
         x = self.model.embed_tokens(tokens).to(self.dtype)
-        for block in self.model.layers[:split]:
+        for block in self.blocks[:split]:
             x = block(x, *geometry.of(block))
         return x
 
     def upper(self, x: Tensor, geometry: Geometry, split: int) -> Tensor:
         """Run the layers from ``split`` and the final norm. (B,T,D) -> (B,T,D)."""
-        for block in self.model.layers[split:]:
+        for block in self.blocks[split:]:
             x = block(x, *geometry.of(block))
         return self.model.norm(x)
 

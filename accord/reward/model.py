@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accord.data.records import Completion, Content, Prompt
@@ -17,7 +16,7 @@ from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model
 from accord.nn.transformer import Transformer
-from accord.nn.weights import fingerprint, merged_state, save_folder
+from accord.nn.weights import fingerprint, merged_state, read_tensors, save_folder
 from accord.rollout.engine import encode_checked
 from accord.rollout.policy import Policy, share_layers
 from accord.rollout.rollout import Rollout, from_completions, micro_batches
@@ -34,7 +33,7 @@ class ScalarModel(nn.Module):
     accord does not compute itself (``cut`` 0) it is a whole copy.
     """
 
-    def __init__(self, start: Model, cut: int) -> None:
+    def __init__(self, start: Model, cut: int, seed: int = 0) -> None:
         super().__init__()
         self.cut = cut
         if isinstance(start, ForeignModel):
@@ -42,7 +41,9 @@ class ScalarModel(nn.Module):
         else:
             self.model = share_layers(start, cut)
         self.head = nn.Linear(start.output_matrix.shape[1], 1, device=start.device)
-        nn.init.normal_(self.head.weight, std=1 / start.output_matrix.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randn(self.head.weight.shape, generator=generator) / self.head.in_features
+        self.head.weight.data.copy_(first)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, rollout: Rollout) -> Tensor:
@@ -55,6 +56,7 @@ class ScalarModel(nn.Module):
 
     def trunk_fingerprint(self) -> str:
         """Of the embedding and the layers below the cut: equal prints mean equal activations."""
+        assert isinstance(self.model, Transformer)
         backbone = self.model.model
         state = {f"embed.{k}": v for k, v in backbone.embed_tokens.state_dict().items()}
         for i, block in enumerate(backbone.layers[: self.cut]):
@@ -76,14 +78,14 @@ class RewardModel:
         self.mean, self.scale = mean, scale
 
     @classmethod
-    def on(cls, policy: Policy, top_layers: int) -> RewardModel:
+    def on(cls, policy: Policy, top_layers: int, seed: int = 0) -> RewardModel:
         """An untrained reward model on the policy's own trunk."""
         if isinstance(policy.model, ForeignModel):
             raise UserError(f"A reward model needs an architecture accord computes; '{policy.raw.get('model_type')}' is not one.")
         depth = policy.model.depth
         if not 1 <= top_layers <= depth:
             raise UserError(f"top_layers is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
-        scalar = ScalarModel(policy.model, depth - top_layers)
+        scalar = ScalarModel(policy.model, depth - top_layers, seed)
         return cls(scalar, policy.tokenizer, policy.raw, policy.context, 0.0, 1.0)
 
     def encode(self, completions: Sequence[Completion]) -> Rollout:
@@ -133,7 +135,7 @@ class RewardModel:
     def save(self, folder: str | Path) -> None:
         """Write a folder that ``transformers`` opens as a sequence classifier with one label."""
         folder = Path(folder)
-        state = {n: t for n, t in merged_state(self.scalar.model).items() if not n.startswith("lm_head")}
+        state = {n: t for n, t in merged_state(self.network).items() if not n.startswith("lm_head")}
         state["score.weight"] = self.scalar.head.weight.detach().cpu()
         kind = str(self.raw.get("architectures", ["LlamaForCausalLM"])[0]).replace("ForCausalLM", "ForSequenceClassification")
         save_folder(
@@ -153,7 +155,7 @@ class RewardModel:
             "cut": self.scalar.cut,
             "mean": self.mean,
             "scale": self.scale,
-            "head_bias": float(self.scalar.head.bias),
+            "head_bias": self.scalar.head.bias.item(),
             "trunk": self.scalar.trunk_fingerprint(),
         }
         (folder / "accord.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -167,13 +169,12 @@ class RewardModel:
         """
         folder = Path(name)
         about = read_about(folder)
-        dtype = None if policy is None else policy.model.compute_dtype
-        loaded = load_model(str(folder), dtype)
+        tensors = read_tensors(folder)
+        if "score.weight" not in tensors:
+            raise UserError(f"{folder} has no weight 'score.weight': the head is missing, so no score could be right. Save it again.")
+        loaded = load_model(str(folder), None if policy is None else policy.model.compute_dtype)
         if isinstance(loaded.model, ForeignModel):
             raise UserError(f"{folder} is no architecture accord computes; use classifier:{folder} instead.")
-        tensors = load_file(folder / "model.safetensors")
-        if "score.weight" not in tensors:
-            raise UserError(f"{folder / 'model.safetensors'} has no 'score.weight': the head is missing, so no score could be right.")
         scalar = ScalarModel(loaded.model, int(about["cut"]))
         _restore_top(scalar, tensors)
         scalar.head.weight.data.copy_(tensors["score.weight"])
@@ -181,13 +182,12 @@ class RewardModel:
         scalar.requires_grad_(False)
         context = int(loaded.raw.get("max_position_embeddings", 2048))
         model = cls(scalar, Tokenizer.load(folder), loaded.raw, context, float(about["mean"]), float(about["scale"]))
-        if policy is not None and isinstance(policy.start, Transformer) and policy.start.depth >= scalar.cut:
-            theirs = ScalarModel(policy.start, scalar.cut) if policy.start.config == loaded.model.config else None
-            if theirs is not None and theirs.trunk_fingerprint() == about["trunk"]:
-                for i in range(scalar.cut):
-                    scalar.model.model.layers[i] = policy.start.model.layers[i]
-                scalar.model.model.embed_tokens = policy.start.model.embed_tokens
-                scalar.model.lm_head = policy.start.lm_head
+        start = None if policy is None else policy.start
+        same_shape = isinstance(start, Transformer) and start.config == loaded.model.config
+        if same_shape and ScalarModel(start, scalar.cut).trunk_fingerprint() == about["trunk"]:
+            for i in range(scalar.cut):
+                model.network.model.layers[i] = start.model.layers[i]
+            model.network.model.embed_tokens, model.network.lm_head = start.model.embed_tokens, start.lm_head
         return model
 
     @property
@@ -195,9 +195,14 @@ class RewardModel:
         return self._context
 
     @property
-    def trunk_embedding(self) -> nn.Module:
-        """Identity of this module tells whether two models share their trunk."""
-        return self.scalar.model.model.embed_tokens
+    def embedding(self) -> nn.Module:
+        """Two models that hold the same embedding object share their trunk."""
+        return self.network.model.embed_tokens
+
+    @property
+    def network(self) -> Transformer:
+        assert isinstance(self.scalar.model, Transformer)
+        return self.scalar.model
 
 
 def _restore_top(scalar: ScalarModel, tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from accord.data.records import Completion
 from accord.errors import UserError
+from accord.nn.transformer import Transformer
 from accord.reward.model import RewardModel
 from accord.reward.worker import serve
 from accord.rollout.policy import Policy
@@ -136,22 +138,19 @@ class CallableSource:
 
 
 class RewardModelSource:
-    """A reward model. On the policy's own trunk it reads the activations the rollout kept."""
+    """A reward model. If its trunk is the policy's own, it reads the activations that the rollout kept."""
 
     def __init__(self, name: str, model: RewardModel, policy: Policy) -> None:
         self.name, self.model = name, model
         self._same_tokens = model.tokenizer.fingerprint == policy.tokenizer.fingerprint
-        shared = getattr(policy.start, "model", None)
-        embedding = getattr(shared, "embed_tokens", None)
-        self.shares_trunk = model.trunk_embedding is embedding and model.scalar.cut == policy.trunk_layers
+        self.on_trunk = isinstance(policy.start, Transformer) and model.embedding is policy.start.model.embed_tokens
 
     def score(self, rollout: Rollout) -> list[float | None]:
         if not self._same_tokens:
-            rows = [Completion(p, t, bool(f)) for p, t, f in zip(rollout.prompts, rollout.texts, rollout.finished, strict=True)]
-            rollout = self.model.encode(rows)
-        elif not self.shares_trunk:
-            rollout = rollout.select(torch.arange(len(rollout)))
-            rollout.trunk = None
+            rows = zip(rollout.prompts, rollout.texts, rollout.finished.tolist(), strict=True)
+            rollout = self.model.encode([Completion(prompt, text, finished) for prompt, text, finished in rows])
+        elif not self.on_trunk:
+            rollout = replace(rollout, trunk=None)
         return list(self.model.score_rollout(rollout).tolist())
 
 

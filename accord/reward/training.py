@@ -77,9 +77,7 @@ def train_reward_model(
     if not train or not heldout:
         raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
     epochs, learning_rate = settings.epochs, settings.learning_rate
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        reward = RewardModel.on(policy, settings.top_layers)
+    reward = RewardModel.on(policy, settings.top_layers, settings.seed)
     sets = [_Encoded.of(reward, groups, label) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
     parameters = list(reward.scalar.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
@@ -125,7 +123,8 @@ class _Encoded:
     def of(cls, reward: RewardModel, groups: Sequence[PairGroup], label: str) -> _Encoded:
         completions = [c for group in groups for c in group.completions]
         rows = reward.encode(completions)
-        start, cut = reward.scalar.model, reward.scalar.cut
+        start, cut = reward.network, reward.scalar.cut
+        rows.trunk_cut = cut
         rows.trunk = torch.zeros(*rows.tokens.shape, start.config.hidden_size, dtype=start.dtype, device=start.device)
         with bar(label, len(rows)) as progress:
             for index in micro_batches(rows.lengths, 8192):

@@ -84,7 +84,7 @@ def add_trunk(policy: Policy, rollout: Rollout, token_budget: int) -> None:
     for rows in micro_batches(rollout.lengths, token_budget):
         part = rollout.select(rows)
         trunk[rows, : part.tokens.shape[1]] = trunk_of(start, part, policy.trunk_layers)
-    rollout.trunk = trunk
+    rollout.trunk, rollout.trunk_cut = trunk, policy.trunk_layers
 
 
 def score_rollout(policy: Policy, critic: ScalarModel | None, reward: Reward, rollout: Rollout, settings: RLSettings) -> Experience:

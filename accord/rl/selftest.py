@@ -69,6 +69,7 @@ def _check_mask(policy: Policy, rollout: Rollout, settings: RLSettings) -> None:
         bool((lengths >= 1).all())
         and bool((lengths <= settings.max_new_tokens).all())
         and bool((rollout.token_mask | ~mask).all())
+        and bool((rollout.last == rollout.lengths - 1).all())
         and bool((ends == rollout.finished).all())
         and bool((lengths[~rollout.finished] == settings.max_new_tokens).all())
     )

@@ -180,7 +180,7 @@ class State:
         adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
         top_layers = min(settings.top_layers, start.model.depth) if native else 0
         policy = start.adapt(adaptation, top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
-        critic = make_critic(policy, reward)
+        critic = make_critic(policy, reward, settings.seed)
         optimizer = Optimizer(
             {
                 "policy": (policy.trainable(), settings.learning_rate),
@@ -220,16 +220,16 @@ class State:
         return saved.step
 
 
-def make_critic(policy: Policy, reward: Reward) -> ScalarModel:
+def make_critic(policy: Policy, reward: Reward, seed: int) -> ScalarModel:
     """A value function on the frozen trunk, started from a reward model cut at the same place if there is one.
 
     Its head then predicts the normalised, weighted score.
     """
-    critic = ScalarModel(policy.start, policy.trunk_layers)
+    critic = ScalarModel(policy.start, policy.trunk_layers, seed)
     if isinstance(policy.start, ForeignModel):
         return critic
     for weight, source in reward.sources:
-        if isinstance(source, RewardModelSource) and source.shares_trunk:
+        if isinstance(source, RewardModelSource) and source.on_trunk and source.model.scalar.cut == critic.cut:
             model: RewardModel = source.model
             mine = dict(critic.named_parameters())
             for name, parameter in model.scalar.named_parameters():

@@ -56,7 +56,7 @@ class Decoder:
     def refresh(self) -> None:
         """Take over the model's current weights."""
         self.blocks = []
-        for block in self.model.model.layers:
+        for block in self.model.blocks:
             if any(p.requires_grad for p in block.parameters()):
                 self.blocks.append(FusedBlock.of(block, self.model.dtype))
             else:

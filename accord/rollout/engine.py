@@ -35,7 +35,7 @@ class Engine:
         self.policy, self.rows = policy, rows
         self._decoder = None if isinstance(policy.model, ForeignModel) else Decoder(policy.model)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -184,6 +184,7 @@ class _Output:
             indices=indices,
             texts=texts,
             trunk=self.trunk,
+            trunk_cut=self.split,
         )
         return rollout.select(torch.arange(len(prompts), device=self.tokens.device))
 
@@ -212,7 +213,8 @@ def encode_checked(policy: Reader, prompt: Prompt, room: int) -> list[int]:
 
 def _decode_foreign(policy: Policy, out: _Output, job_range: range, luck: Tensor, sampling: Sampling, report: Progress) -> None:
     """Static batches through ``transformers``' own cache, left-padded."""
-    device = policy.device
+    model, device = policy.model, policy.device
+    assert isinstance(model, ForeignModel)
     job = torch.tensor(list(job_range), device=device)
     lengths = out.lengths[job]
     width = int(lengths.max())
@@ -225,7 +227,7 @@ def _decode_foreign(policy: Policy, out: _Output, job_range: range, luck: Tensor
     active = torch.ones(len(job), dtype=torch.bool, device=device)
     matrix = policy.model.output_matrix
     for _ in range(sampling.max_new_tokens):
-        hidden, cache = policy.model.advance(tokens, positions, mask, cache)  # type: ignore[union-attr]
+        hidden, cache = model.advance(tokens, positions, mask, cache)
         count = out.counts[job]
         logprobs, chosen = choose(hidden, matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling)
         done = torch.isin(chosen, eos)

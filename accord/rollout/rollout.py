@@ -25,7 +25,8 @@ class Rollout:
         response_mask: (B,T) bool, True = a token the policy chose (the end-of-sequence token included).
         engine_logprobs: (B,T) fp32 nats, from the sampler; 0 outside the response.
         finished: (B,) bool, the policy chose an end token; False = truncated by the length limit.
-        trunk: (B,T,D) or None, activations at the split, kept while the policy generated.
+        trunk: (B,T,D) or None, activations of the frozen starting model at layer ``trunk_cut``, kept while
+            the policy generated.
         prompts, indices, texts: for each row its prompt, its number among that prompt's K, its text.
     """
 
@@ -39,6 +40,7 @@ class Rollout:
     indices: list[int]
     texts: list[str]
     trunk: Tensor | None = None
+    trunk_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -27,11 +27,11 @@ def trunk_of(start: Transformer, rollout: Rollout, split: int) -> Tensor:
 
 
 def final_hidden(model: Model, rollout: Rollout, split: int) -> Tensor:
-    """Final hidden states (B,T,D) of ``model``, from the rollout's trunk if it has one and ``split`` > 0."""
+    """Final hidden states (B,T,D) of ``model``, from the rollout's trunk if that is cut at ``split``."""
     if isinstance(model, ForeignModel):
         return model.hidden(rollout.tokens, rollout.positions, rollout.token_mask)
     geometry = model.geometry(rollout.positions, rollout.token_mask)
-    if split and rollout.trunk is not None:
+    if split and rollout.trunk is not None and rollout.trunk_cut == split:
         return model.upper(rollout.trunk, geometry, split)
     return model.upper(model.lower(rollout.tokens, geometry, 0), geometry, 0)
 

@@ -1,0 +1,172 @@
+"""Files in: every error names file, row and field. Rankings to pairs: the documented table."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from accord.data.pairs import group_pairs, pairs_of
+from accord.data.records import Completion, Prompt, Ranking, split_of
+from accord.data.sources import read_completions, read_pairs, read_prompts, read_rankings, write_jsonl
+from accord.data.statistics import bootstrap_mean, bootstrap_ratio
+from accord.errors import UserError
+
+
+def write(tmp_path, *rows, name="p.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+    return path
+
+
+def test_prompts_of_every_kind(tmp_path):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = write(tmp_path, {"prompt": "a", "id": "x", "theme": "t"}, {"messages": chat}, {"prompt": "line\u2028inside"})
+    got = read_prompts(path)
+    assert [(p.id, p.theme) for p in got] == [("x", "t"), ("row-00002", ""), ("row-00003", "")]
+    assert got[1].content == chat and got[1].text == "u"
+    table = pa.table({"prompt": ["a", "b"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert [p.content for p in read_prompts(tmp_path / "p.parquet")] == ["a", "b"]
+    assert [p.content for p in read_prompts(write(tmp_path, "one", "", "two", name="p.txt"))] == ["one", "two"]
+    (tmp_path / "p.json").write_text('[{"question": "q"}]')
+    assert read_prompts(tmp_path / "p.json")[0].content == "q"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"prompt": "a"}', "{broken"], r"p\.jsonl:2 is not valid JSON"),
+        (['{"prompt": "  "}'], r"p\.jsonl:1: field 'prompt' is empty"),
+        (['{"promt": "a"}'], r"p\.jsonl:1 has no field 'prompt'.*Did you mean 'prompt'"),
+        (["[1]"], r"p\.jsonl:1 must be an object"),
+        (['{"prompt": 3}'], r"field 'prompt' must be text or a list"),
+        (['{"messages": [{"role": "usr", "content": "a"}]}'], r"message 1 has the unknown role 'usr'.*Did you mean 'user'"),
+        (['{"messages": [{"role": "user"}]}'], r"message 1 must have a 'role' and a text 'content'"),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], r"a prompt ends with the user"),
+        (['{"messages": [{"role": "user", "content": " "}]}'], r"ends with an empty message"),
+        (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], r"p\.jsonl:2: the id 'x' is used already at .*:1"),
+        ([""], "holds no prompts"),
+    ],
+)
+def test_bad_prompts(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(write(tmp_path, *rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("x.csv", b"a,b", "unknown kind of file"),
+        ("x.jsonl", b"\xff\xfe\x00", "UTF-8"),
+        ("x.parquet", b"nonsense", "not a readable Parquet"),
+        ("x.json", b"{}", "must hold a JSON list"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_pairs_of_one_prompt_are_grouped(tmp_path):
+    path = write(
+        tmp_path,
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "c"},
+        {"prompt": "r", "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"},
+    )
+    first, second = read_pairs(path)
+    assert [c.text for c in first.completions] == ["a", "b", "c"] and first.pairs == ((0, 1, 1.0), (0, 2, 1.0))
+    assert [c.text for c in second.completions] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
+        ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejectd": "b"}, "Did you mean 'rejected'"),
+        ({"prompt": "q", "chosen": "", "rejected": "b"}, "field 'chosen' must be a non-empty text"),
+    ],
+)
+def test_bad_pairs(tmp_path, row, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_pairs(write(tmp_path, row))
+    assert "p.jsonl:1" in str(caught.value)
+
+
+def test_conversion_table():
+    """Ranks 1, 2, 2, F, F: better beats worse, ties give nothing, ranked beats F, F and F give nothing."""
+    got = pairs_of(Ranking("p", "l", (2, 1, 2, None, None)), fail_weight=0.5)
+    assert sorted(got) == sorted([(1, 0, 1.0), (1, 2, 1.0), (0, 3, 0.5), (0, 4, 0.5), (1, 3, 0.5), (1, 4, 0.5), (2, 3, 0.5), (2, 4, 0.5)])
+
+
+def completions(texts):
+    prompt = Prompt("p", "q")
+    return {"p": [Completion(prompt, t, True, i) for i, t in enumerate(texts)]}
+
+
+def test_labelers_add_up_and_contradict():
+    rankings = [Ranking("p", "a", (1, 2)), Ranking("p", "b", (1, 2)), Ranking("p", "c", (2, 1))]
+    (group,) = group_pairs(completions(["x", "y"]), rankings)
+    assert dict(((i, j), w) for i, j, w in group.pairs) == {(0, 1): 2.0, (1, 0): 1.0}
+    assert group_pairs(completions(["x", "x"]), rankings) == []  # equal texts are no pair
+
+
+def test_rankings_must_fit_their_completions():
+    with pytest.raises(UserError, match="ranked 3 completions of 'p'; it has 2"):
+        group_pairs(completions(["x", "y"]), [Ranking("p", "a", (1, 2, 3))])
+    with pytest.raises(UserError, match="names the prompt 'z'"):
+        group_pairs(completions(["x", "y"]), [Ranking("z", "a", (1, 2))])
+
+
+def test_rankings_and_completions_round_trip(tmp_path):
+    rankings = [Ranking("p", "a", (1, None, 1), "v1", True)]
+    write_jsonl(tmp_path / "r.jsonl", (r.to_json() for r in rankings))
+    assert read_rankings(tmp_path / "r.jsonl") == rankings
+    group = completions(["x", "y"])
+    write_jsonl(tmp_path / "c.jsonl", (c.to_json() for c in group["p"]))
+    assert read_completions(tmp_path / "c.jsonl") == group
+    with pytest.raises(UserError, match="whole numbers"):
+        read_rankings(write(tmp_path, {"prompt_id": "p", "ranks": [0, 1]}))
+
+
+def test_splits_are_stable_and_have_their_shares():
+    ids = [f"id-{i}" for i in range(4000)]
+    shares = {name: np.mean([split_of(i) == name for i in ids]) for name in ("train", "validation", "heldout")}
+    assert shares["heldout"] == pytest.approx(0.25, abs=0.02) and shares["validation"] == pytest.approx(0.1, abs=0.02)
+    assert [split_of(i) for i in ("help-001", "honest-001", "harm-003")] == [split_of(i) for i in ("help-001", "honest-001", "harm-003")]
+
+
+def test_bootstrap_against_scipy():
+    """One value a cluster is the plain percentile bootstrap."""
+    from scipy.stats import bootstrap
+
+    x = np.random.default_rng(0).exponential(size=80)
+    mine = bootstrap_mean(x.tolist(), [str(i) for i in range(80)], draws=20000)
+    theirs = bootstrap((x,), np.mean, n_resamples=20000, method="percentile", random_state=0).confidence_interval
+    assert mine.value == pytest.approx(x.mean())
+    assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+
+
+def test_bootstrap_resamples_clusters():
+    """Ten equal values in each of five clusters say no more than five values."""
+    five = [0.0, 1.0, 2.0, 3.0, 4.0]
+    many = bootstrap_mean(np.repeat(five, 10).tolist(), np.repeat(list("abcde"), 10).tolist())
+    few = bootstrap_mean(five, list("abcde"))
+    assert (many.low, many.high) == pytest.approx((few.low, few.high))
+    ratio = bootstrap_ratio([1.0, 3.0], [2.0, 4.0], ["a", "b"])
+    assert ratio.value == pytest.approx(4 / 6) and ratio.low == 0.5 and ratio.high == 0.75
+
+
+def test_the_shipped_prompts():
+    from importlib.resources import files
+
+    prompts = read_prompts(str(files("accord.recipes") / "prompts.jsonl"))
+    assert len(prompts) >= 600
+    assert {p.theme for p in prompts} == {"helpfulness", "honesty", "harmlessness"}
+    assert len({p.text.lower() for p in prompts}) == len(prompts)

@@ -1,0 +1,193 @@
+"""Reward models: the loss by hand, learning, calibration, and the outside world kept out."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from accord.api import train_reward
+from accord.data.records import Completion, PairGroup, Prompt
+from accord.errors import UserError
+from accord.reward.model import RewardModel
+from accord.reward.sources import build_reward
+from accord.reward.training import pair_loss
+from accord.rollout.engine import Engine
+from accord.rollout.sampling import Sampling
+
+
+def group(name, texts, pairs):
+    prompt = Prompt(name, "which?")
+    return PairGroup(prompt, tuple(Completion(prompt, t, True, i) for i, t in enumerate(texts)), tuple(pairs))
+
+
+def test_pair_loss_by_hand():
+    """Group means of weighted -log sigmoid, then the mean over groups: a group of three pairs counts as one of one."""
+    groups = [group("a", "xyz", [(0, 1, 1.0), (0, 2, 3.0)]), group("b", "xy", [(1, 0, 1.0)])]
+    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 1.0], dtype=torch.float64)
+    loss = lambda d: np.log1p(np.exp(-d))
+    expected = ((1 * loss(1.0) + 3 * loss(1.5)) / 4 + loss(1.0)) / 2
+    assert float(pair_loss(scores, groups, [0, 3])) == pytest.approx(expected)
+
+
+def exclaimers(n, seed=0):
+    """Completions with an exclamation mark are preferred: something the model can see."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        word = "".join(rng.choice(list("abcdefgh"), size=4))
+        out.append(group(f"g{i}", [word + "!", word + ".", word + "!!", word], [(0, 1, 1.0), (2, 3, 1.0), (0, 3, 1.0), (2, 1, 1.0)]))
+    return out
+
+
+SETTINGS = dict(top_layers=2, epochs=6, learning_rate=3e-3, heldout=0.25)
+
+
+@pytest.fixture
+def trained(tiny):
+    return train_reward(tiny, exclaimers(48), **SETTINGS)
+
+
+def test_reward_model_learns_what_it_is_shown(trained):
+    model, report = trained
+    assert report.accuracy.low > 0.8
+    assert report.accuracy.low <= report.accuracy.value <= report.accuracy.high
+    assert report.calibration_error < 0.2
+    good, bad = model.classify(["which?", "which?"], ["face!", "face."])
+    assert good["logit"] > bad["logit"] and good["probability"] == pytest.approx(1 / (1 + np.exp(-good["logit"])))
+
+
+def test_scores_are_normalised_with_the_stored_mean_and_scale(trained, tiny, tmp_path):
+    model, _ = trained
+    completions = [c for g in exclaimers(48) for c in g.completions]
+    scores = np.array(model.score([c.prompt.content for c in completions], [c.text for c in completions]))
+    assert abs(scores.mean()) < 0.15 and scores.std() == pytest.approx(1.0, abs=0.15)
+    model.save(tmp_path / "reward")
+    again = RewardModel.load(tmp_path / "reward", tiny)
+    texts = ["face!", "face."]
+    assert again.score(["which?"] * 2, texts) == pytest.approx(model.score(["which?"] * 2, texts), abs=1e-5)
+    about = json.loads((tmp_path / "reward" / "accord.json").read_text())
+    assert (about["mean"], about["scale"]) == (model.mean, model.scale)
+
+
+def test_saved_reward_model_is_a_transformers_classifier(trained, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model, _ = trained
+    model.save(tmp_path / "reward")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float32)
+    rows = model.encode([Completion(Prompt("a", "which?"), "face!", False)])
+    mine = float(model.raw_scores(rows)) - float(model.scalar.head.bias)
+    assert float(theirs(rows.tokens).logits) == pytest.approx(mine, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "accord.json").unlink(), "not a reward model"),
+        (lambda f: (f / "accord.json").write_text("{"), "damaged"),
+        (lambda f: (f / "accord.json").write_text('{"kind": "reward_model", "format": 99}'), "format 99"),
+        (lambda f: (f / "accord.json").write_text('{"kind": "reward_model", "format": 1}'), "lacks fields"),
+    ],
+)
+def test_a_damaged_reward_model_is_fatal(tiny, tmp_path, damage, message):
+    RewardModel.on(tiny, 1).save(tmp_path / "r")
+    damage(tmp_path / "r")
+    with pytest.raises(UserError, match=message):
+        RewardModel.load(tmp_path / "r")
+
+
+def test_a_missing_head_is_fatal(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    RewardModel.on(tiny, 1).save(tmp_path / "r")
+    file = tmp_path / "r" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "score.weight"}, file)
+    with pytest.raises(UserError, match="head is missing"):
+        RewardModel.load(tmp_path / "r")
+
+
+@pytest.fixture
+def rollout(tiny, prompts):
+    return Engine(tiny).sample(prompts, 1, Sampling(max_new_tokens=4))
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import os, time
+        def length(prompts, completions): return [len(c) for c in completions]
+        def skips(prompts, completions): return [None] + [1.0] * (len(completions) - 1)
+        def raises(prompts, completions): raise KeyError("no such thing")
+        def nan(prompts, completions): return [0.0, float("nan")] + [0.0] * (len(completions) - 2)
+        def text(prompts, completions): return ["good"] * len(completions)
+        def short(prompts, completions): return [1.0]
+        def nothing(prompts, completions): return None
+        def hangs(prompts, completions): time.sleep(600)
+        def dies(prompts, completions): os._exit(7)
+        constant = 3
+        """)
+    )
+
+
+def test_functions_of_texts(module, tiny, rollout):
+    reward = build_reward(["0.5*mine:length", "mine:skips"], tiny)
+    got = reward(rollout)
+    assert got.valid.tolist() == [False] + [True] * 7
+    assert got.total.tolist()[1:] == pytest.approx([0.5 * len(t) + 1.0 for t in rollout.texts[1:]])
+    assert got.parts["mine:length"] == [len(t) for t in rollout.texts]
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine:raises", r"mine:raises' raised: KeyError.*no such thing.*mine.py:5"),
+        ("mine:nan", r"returned nan for completion 0 of prompt 'p1'"),
+        ("mine:text", r"returned 'good' for completion 0 of prompt 'p0'"),
+        ("mine:short", r"returned 1 scores for 8 completions"),
+        ("mine:nothing", r"raised: TypeError"),
+        ("mine:hangs", r"did not answer within 3 s"),
+        ("mine:dies", r"its process died \(exit code 7\)"),
+        ("mine:constant", r"could not be imported: TypeError.*not a function"),
+        ("mine:nowhere", r"could not be imported: AttributeError"),
+        ("nobody:home", r"could not be imported: ModuleNotFoundError"),
+        ("x*mine:length", r"neither a folder, nor module:function"),
+        ("no-such-folder", r"neither a folder"),
+    ],
+)
+def test_a_bad_reward_is_one_sentence(module, tiny, rollout, spec, message):
+    with pytest.raises(UserError, match=message):
+        reward = build_reward(spec, tiny, timeout=3.0 if "hangs" in spec else 30.0)
+        try:
+            reward(rollout)
+        finally:
+            reward.close()
+
+
+def test_a_classifier_is_a_reward(tiny, rollout, tmp_path, trained):
+    from conftest import SHAPE, byte_tokenizer
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    model = LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    model.save_pretrained(tmp_path / "c")
+    byte_tokenizer().save_pretrained(tmp_path / "c")
+    scores = build_reward(f"classifier:{tmp_path / 'c'}@good", tiny)(rollout).total
+    ids = byte_tokenizer()(rollout.texts[0], return_tensors="pt")
+    logits = model.eval()(**{k: v for k, v in ids.items() if k != "token_type_ids"}).logits[0]
+    assert float(scores[0]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-3)
+    with pytest.raises(UserError, match="say which is good"):
+        build_reward(f"classifier:{tmp_path / 'c'}", tiny)
+    with pytest.raises(UserError, match="no label 'great'"):
+        build_reward(f"classifier:{tmp_path / 'c'}@great", tiny)
+
+
+def test_too_few_pairs(tiny):
+    with pytest.raises(UserError, match="needs pairs to train on"):
+        train_reward(tiny, exclaimers(1), **SETTINGS)
