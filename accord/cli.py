@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,21 +31,26 @@ MODEL_HELP = f"the bundled model ({BUNDLED}), a local Hugging Face folder, or a 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that suggests the option that was meant."""
+    """argparse whose complaint is a :class:`UserError`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See: {self.prog} --help")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            options = getattr(parsed, "options", [])
-            name = unknown[0].split("=")[0]
-            raise UserError(f"Unknown option '{name}'.{did_you_mean(name, options)} See: accord {getattr(parsed, 'command', '')} --help")
-        return parsed
+
+def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
+    """Refuse an unknown command or option before anything else, with the one that was meant."""
+    if not words or words[0].startswith("-"):
+        return
+    if words[0] not in commands:
+        raise UserError(f"Unknown command '{words[0]}'.{did_you_mean(words[0], commands)} Commands: {', '.join(commands)}.")
+    known = [option for action in commands[words[0]]._actions for option in action.option_strings]
+    for word in words[1:]:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in known:
+            raise UserError(f"Unknown option '{name}'.{did_you_mean(name, known)} See: {parser.prog} {words[0]} --help")
 
 
-def make_parser() -> Parser:
+def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     parser = Parser(prog="accord", description="Bring a language model into accord with what people want.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"accord {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -140,9 +145,7 @@ def make_parser() -> Parser:
     chat.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
     chat.add_argument("--temperature", type=float, default=0.7, help="sampling temperature; 0 is greedy [0.7]")
     chat.add_argument("--max-new-tokens", type=int, default=200, help="length limit of an answer [200]")
-    for sub in commands.choices.values():
-        sub.set_defaults(options=[o for action in sub._actions for o in action.option_strings])
-    return parser
+    return parser, commands.choices
 
 
 def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, Any]:
@@ -309,7 +312,10 @@ def _ask() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one sentence and a non-zero code, never in a traceback."""
     try:
-        arguments = make_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        parser, commands = make_parser()
+        check_words(parser, commands, words)
+        arguments = parser.parse_args(words)
         if arguments.command == "chat":
             arguments.function(arguments)
             return 0

@@ -73,7 +73,7 @@ def test_one_writer(run):
 
 
 def test_an_existing_folder_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="already exists.*accord resume"):
+    with pytest.raises(UserError, match=r"already exists.*accord resume"):
         Run.create(run.folder, {})
     (tmp_path / "empty").mkdir()
     Run.create(tmp_path / "empty", {})
@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_what_is_there(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("accord.runs.save_file", full)
-    with pytest.raises(UserError, match="No space left on device.*accord resume"):
+    with pytest.raises(UserError, match=r"No space left on device.*accord resume"):
         save(run, 2)
     assert os.listdir(run.folder / "checkpoints") == ["step-1"]
     assert run.latest().step == 1

@@ -183,16 +183,21 @@ class RewardModel:
         context = int(loaded.raw.get("max_position_embeddings", 2048))
         model = cls(scalar, Tokenizer.load(folder), loaded.raw, context, float(about["mean"]), float(about["scale"]))
         start = None if policy is None else policy.start
-        same_shape = isinstance(start, Transformer) and start.config == loaded.model.config
-        if same_shape and ScalarModel(start, scalar.cut).trunk_fingerprint() == about["trunk"]:
-            for i in range(scalar.cut):
-                model.network.model.layers[i] = start.model.layers[i]
-            model.network.model.embed_tokens, model.network.lm_head = start.model.embed_tokens, start.lm_head
+        if isinstance(start, Transformer) and start.config == loaded.model.config:
+            model._share_trunk(start, str(about["trunk"]))
         return model
 
     @property
     def context(self) -> int:
         return self._context
+
+    def _share_trunk(self, start: Transformer, print_of_trunk: str) -> None:
+        """Hold ``start``'s layers instead of equal copies of them, if they are equal."""
+        cut, mine = self.scalar.cut, self.network
+        if ScalarModel(start, cut).trunk_fingerprint() == print_of_trunk:
+            for i in range(cut):
+                mine.model.layers[i] = start.model.layers[i]
+            mine.model.embed_tokens, mine.lm_head = start.model.embed_tokens, start.lm_head
 
     @property
     def embedding(self) -> nn.Module:

@@ -1,0 +1,225 @@
+"""The commands as a user types them, mistakes included: one sentence, a non-zero code, no traceback, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import save_model
+
+from accord.cli import main
+
+RL = [
+    "--top-layers", "2", "--prompts-per-step", "4", "--completions-per-prompt", "2", "--max-new-tokens", "6",
+    "--max-steps", "3", "--dtype", "float32", "--validate-every", "2", "--checkpoint-every", "1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user's folder: a model, prompts, a one-line reward."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model")
+    rows = [{"prompt": f"say {w}"} for w in "one two three four five six seven eight nine ten".split()]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "def short(prompts, completions): return [-len(c) / 10 for c in completions]\n"
+        "def nan(prompts, completions): return [float('nan')] * len(completions)\n"
+        "def slow(prompts, completions):\n    time.sleep(0.4)\n    return [0.1 * len(c) for c in completions]\n"
+    )
+    return tmp_path
+
+
+def accord(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return code, " ".join((captured.out + captured.err).split())
+
+
+def test_rl_evaluate_and_reload(home, capsys):
+    code, out = accord(capsys, "rl", "--model", "model", "--prompts", "prompts.jsonl", "--reward", "mine:short", "--out", "runs/a", *RL)
+    assert code == 0 and "4 prompts x 2 completions = 8 completions a step" in out
+    run = home / "runs" / "a"
+    config = (run / "config.yaml").read_text()
+    assert "gae_lambda: 0.95" in config and "max_steps: 3" in config  # defaults included
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [-1, 0, 1, 2] and steps[1]["reward/mine:short"] <= 0
+    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 24 and rows[0]["parts"] == {"mine:short": pytest.approx(-len(rows[0]["completion"]) / 10)}
+    assert "<svg" in (run / "report.html").read_text()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(run / "policy")
+    AutoTokenizer.from_pretrained(run / "policy")
+    code, out = accord(
+        capsys, "evaluate", "--model", run / "policy", "--against", "model", "--prompts", "prompts.jsonl", "--reward", "mine:short",
+        "--out", "runs/e", "--max-new-tokens", "6", "--no-gold",
+    )  # fmt: skip
+    assert code == 0 and "KL to the reference" in out
+    facts = json.loads((home / "runs" / "e" / "evaluation.json").read_text())
+    assert facts["before"]["score"]["low"] <= facts["before"]["score"]["value"] <= facts["before"]["score"]["high"]
+    assert facts["kl"]["value"] > 0
+
+
+def test_sample_goes_on_where_it_stopped(home, capsys):
+    arguments = [
+        "sample",
+        "--model",
+        "model",
+        "--prompts",
+        "prompts.jsonl",
+        "--out",
+        "c.jsonl",
+        "--per-prompt",
+        "2",
+        "--max-new-tokens",
+        "5",
+    ]
+    assert accord(capsys, *arguments)[0] == 0
+    whole = (home / "c.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 20
+    (home / "c.jsonl").write_text("".join(lines[:12]) + lines[12][:30])  # torn in the middle of a row
+    assert accord(capsys, *arguments)[0] == 0
+    assert (home / "c.jsonl").read_text() == whole
+    code, out = accord(capsys, *arguments[:-4], "--per-prompt", "3", "--max-new-tokens", "5")
+    assert code == 2 and "holds 2 completions of" in out
+
+
+def test_reward_from_pairs(home, capsys):
+    rows = [{"prompt": f"q{i}", "chosen": f"{i}!", "rejected": f"{i}."} for i in range(30)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, out = accord(capsys, "reward", "--model", "model", "--pairs", "pairs.jsonl", "--out", "rm", "--top-layers", "2")
+    assert code == 0 and "Held-out accuracy" in out
+    code, out = accord(
+        capsys,
+        "rl",
+        "--model",
+        "model",
+        "--prompts",
+        "prompts.jsonl",
+        "--reward",
+        "0.5*rm",
+        "--reward",
+        "mine:short",
+        "--out",
+        "runs/b",
+        *RL,
+    )
+    assert code == 0
+    row = json.loads((home / "runs" / "b" / "completions.jsonl").read_text().splitlines()[0])
+    assert row["score"] == pytest.approx(0.5 * row["parts"]["rm"] + row["parts"]["mine:short"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rl", "--prompst", "x"], "Unknown option '--prompst'. Did you mean '--prompts'?"),
+        (["rll"], "Did you mean 'rl'?"),
+        (["rl", "--prompts", "gone.jsonl"], "File gone.jsonl does not exist"),
+        (["rl", "--prompts", "broken.jsonl"], "broken.jsonl:2 is not valid JSON"),
+        (["rl", "--model", "gone/for/good"], "does not exist"),
+        (["rl", "--learning-rate", "fast"], "learning_rate: Input should be a valid number"),
+        (["rl", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1 (it is '0')"),
+        (["rl", "--minibatches", "3"], "64 completions do not divide into 3 minibatches"),
+        (["rl", "--adaptation", "lorra"], "adaptation: Input should be 'auto', 'split', 'lora' or 'full'"),
+        (["rl", "--top-layers", "9"], "this model has 4 layers"),
+        (["rl", "--config", "bad.yaml"], "unknown setting 'max_step'. Did you mean 'max_steps'?"),
+        (["rl", "--config", "gone.yaml"], "Config file gone.yaml does not exist"),
+        (["rl", "--reward", "mine:nan"], "returned nan for completion 0 of prompt"),
+        (["rl", "--reward", "mine:gone"], "could not be imported"),
+        (["rl", "--prompts-per-step", "40"], "fewer than prompts_per_step (40)"),
+        (["rl", "--max-new-tokens", "500"], "exceeds the model's context of 128"),
+        (["rl", "--out", "taken"], "already exists"),
+        (["run", "dmo"], "Did you mean 'demo'?"),
+        (["run", "bad-recipe.yaml"], "unknown setting 'rl.max_step'. Did you mean 'max_steps'?"),
+        (["resume", "nothing"], "is not a run folder"),
+        (["chat", "--model", "gone-model"], "No model 'gone-model'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(home, capsys, arguments, message):
+    (home / "broken.jsonl").write_text('{"prompt": "a"}\n{oops\n')
+    (home / "bad.yaml").write_text("max_step: 3\n")
+    (home / "bad-recipe.yaml").write_text("rl:\n  max_step: 3\n")
+    (home / "taken").mkdir()
+    (home / "taken" / "file").touch()
+    if arguments[0] == "rl" and "--prompst" not in arguments:
+        defaults = {"--model": "model", "--prompts": "prompts.jsonl", "--reward": "mine:short", "--out": "runs/x"}
+        if not {"--minibatches", "--config", "--max-steps", "--prompts-per-step"} & set(arguments):
+            defaults |= {"--prompts-per-step": "4", "--completions-per-prompt": "2", "--top-layers": "2", "--max-steps": "2"}
+        elif "--prompts-per-step" in arguments:
+            defaults |= {"--top-layers": "2"}
+        for flag, value in defaults.items():
+            if flag not in arguments:
+                arguments = [*arguments, flag, value]
+    code, out = accord(capsys, *arguments)
+    assert code == 2
+    assert message in out, out
+
+
+def test_help_teaches(capsys):
+    for command in ("demo", "run", "resume", "sample", "reward", "rl", "evaluate", "chat"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "Example:" in out
+    with pytest.raises(SystemExit):
+        main(["rl", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--kl-target X Steer kl_coef towards this KL in nats a completion; null: fixed [off]" in out
+
+
+def test_ctrl_c_saves_and_resume_goes_on_exactly(home):
+    """The same metrics and weights as a run that nobody interrupted."""
+
+    def start(*arguments):
+        return subprocess.Popen([sys.executable, "-m", "accord", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    common = ["rl", "--model", "model", "--prompts", "prompts.jsonl", "--reward", "mine:slow", *RL, "--max-steps", "6"]
+    whole = start(*common, "--out", "whole")
+    assert whole.wait() == 0
+    process = start(*common, "--out", "cut")
+    metrics = home / "cut" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < limit:
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130 and "accord resume cut" in out and "Traceback" not in out
+    resumed = start("resume", "cut")
+    assert resumed.wait() == 0, resumed.stdout.read()
+    for name in ("policy/model.safetensors", "completions.jsonl"):
+        assert (home / "cut" / name).read_bytes() == (home / "whole" / name).read_bytes()
+
+
+def test_kill_9_loses_at_most_a_step(home):
+    arguments = [
+        "rl",
+        "--model",
+        "model",
+        "--prompts",
+        "prompts.jsonl",
+        "--reward",
+        "mine:slow",
+        *RL,
+        "--max-steps",
+        "6",
+        "--out",
+        "killed",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "accord", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = home / "killed" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 4) and time.monotonic() < limit:
+        os.sched_yield()
+    process.kill()
+    process.wait()
+    done = subprocess.run([sys.executable, "-m", "accord", "resume", "killed"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [-1, 0, 1, 2, 3, 4, 5]
