@@ -22,7 +22,7 @@ from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
 from accord.feedback.panel import simulated_panel
-from accord.progress import console
+from accord.progress import console, safe_point
 from accord.reward.training import train_reward_model
 from accord.rollout.policy import Policy
 from accord.runs import Run, write_whole
@@ -79,6 +79,7 @@ class Pipeline:
             if name in done:
                 console.print(f"[dim]{number}/{len(stages)} {name}: done before[/]")
                 continue
+            safe_point("Finished stages are kept.")
             console.print(f"[bold]{number}/{len(stages)} {name}[/]")
             clock = time.perf_counter()
             result = stage()

@@ -285,6 +285,19 @@ def test_reward_model_on_the_same_trunk_gives_the_same_scores(tiny_folder, tiny,
     torch.testing.assert_close(experience.final_values, experience.scores, rtol=0, atol=1e-4)
 
 
+def test_a_reward_that_fails_late_loses_nothing(tiny, prompts, tmp_path):
+    calls = []
+
+    def fails_at_the_third(given, completions):
+        calls.append(1)
+        return letters(given, completions) if len(calls) < 3 else [float("nan")] * len(completions)
+
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    with pytest.raises(UserError, match="returned nan"):
+        train(tiny, prompts, build_reward(fails_at_the_third, tiny), make(checkpoint_every=100), run)
+    assert run.latest().step == 2
+
+
 def test_prompts_are_all_seen_before_any_is_seen_again(prompts):
     settings = make()
     first = [p.id for step in range(2) for p in batch_of(prompts, step, settings)]

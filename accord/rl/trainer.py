@@ -83,7 +83,12 @@ def train(
             batch = batch_of(prompts, step, settings)
             rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True)
             clock.lap("rollout")
-            scored = score_rollout(policy, critic, reward, rollout, settings)
+            try:
+                scored = score_rollout(policy, critic, reward, rollout, settings)
+            except UserError:  # the reward failed: what was learned before this step is kept
+                if step > first:
+                    run.save(step, state.tensors(), state.about(), None)
+                raise
             if step == 0:
                 test = self_test(policy, scored, settings)
                 run.log(-1, {f"self_test/{k}": v[0] for k, v in test._asdict().items()}, [])
