@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accord.config import RLSettings, SampleSettings, build
 from accord.data.pairs import grouped_pairs
 from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import read_completions, read_prompts
+from accord.data.sources import read_completions, read_prompts, write_jsonl
 from accord.errors import UserError
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
+from accord.nn.loading import resolve_dtype
 from accord.progress import bar, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
-from accord.reward.sources import build_reward
+from accord.reward.sources import Reward, build_reward
 from accord.reward.training import RewardReport, train_reward_model
 from accord.rl.trainer import Outcome, train
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
-from accord.runs import Run, repair_lines
+from accord.runs import Run, refuse_existing, repair_lines
 
 CHUNK = 64
 """Prompts sampled and written together; the unit in which sampling is resumed."""
@@ -70,17 +72,20 @@ def by_prompt(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
     return groups
 
 
-def train_reward(policy: Policy, pairs: Sequence[PairGroup] | RankedCompletions, **settings: Any) -> tuple[RewardModel, RewardReport]:
+def train_reward(
+    policy: Policy, pairs: Sequence[PairGroup] | RankedCompletions, *, heldout: float = 0.15, **settings: Any
+) -> tuple[RewardModel, RewardReport]:
     """Train a reward model on the policy's trunk; prompts are split by id into training and held-out ones.
 
     Args:
         pairs: groups (``read_pairs(file)``) or what the feedback stage gave.
+        heldout: share of the prompts that is held out to measure on.
         settings: fields of :class:`accord.reward.settings.RewardSettings`.
     """
     s = build(RewardSettings, settings, "reward")
     groups = grouped_pairs(pairs, s.fail_weight) if isinstance(pairs, RankedCompletions) else list(pairs)
-    held = [g for g in groups if split_of(g.prompt.id, 0.0, s.heldout) == "heldout"]
-    kept = [g for g in groups if split_of(g.prompt.id, 0.0, s.heldout) != "heldout"]
+    held = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"]
+    kept = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) != "heldout"]
     return train_reward_model(policy, kept, held, s)
 
 
@@ -106,18 +111,24 @@ def train_rl(
     given = read_prompts(prompts) if isinstance(prompts, (str, Path)) else list(prompts)
     if validation is None:
         given, validation = split_validation(given, s.prompts_per_step)
+    if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
+        raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
+    refuse_existing(folder)
+    start = policy.frozen()
+    source = build_reward(reward, start, s.reward_timeout)
     run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
-    return run_rl(run, policy, given, reward, s, validation)
+    return run_rl(run, start, given, source, s, validation)
 
 
-def run_rl(run: Run, policy: Policy, prompts: Sequence[Prompt], reward: Any, settings: RLSettings, validation: Sequence[Prompt]) -> Outcome:
-    """Train within an open run and save the aligned policy to its ``policy/``."""
-    source = build_reward(reward, policy, settings.reward_timeout)
+def run_rl(
+    run: Run, policy: Policy, prompts: Sequence[Prompt], reward: Reward, settings: RLSettings, validation: Sequence[Prompt]
+) -> Outcome:
+    """Train within an open run, save the aligned policy to its ``policy/``, and close the reward."""
     try:
-        outcome = train(policy, prompts, source, settings, run, validation)
+        outcome = train(policy, prompts, reward, settings, run, validation)
     finally:
-        source.close()
+        reward.close()
     outcome.policy.save(run.folder / "policy")
     return outcome
 
@@ -127,7 +138,7 @@ def evaluate(aligned: Policy, against: Policy, prompts: Sequence[Prompt], reward
     if aligned.tokenizer.fingerprint != against.tokenizer.fingerprint:
         raise UserError("The two models have different tokenizers, so their KL is not defined; compare models of one family.")
     s = build(EvaluationSettings, settings, "evaluation")
-    source = None if reward is None else build_reward(reward, against, 60.0)
+    source = None if reward is None else build_reward(reward, against.frozen(), s.reward_timeout)
     try:
         return _evaluate(aligned, against, prompts, source, s)
     finally:
@@ -141,6 +152,10 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], **settings:
     path.parent.mkdir(parents=True, exist_ok=True)
     have = read_completions(path) if path.exists() and path.stat().st_size else {}
     per_prompt = build(SampleSettings, settings, "sample").per_prompt
+    last = next(reversed(have), None)
+    if last is not None and len(have[last]) < per_prompt and all(len(have[key]) == per_prompt for key in have if key != last):
+        have.pop(last)  # a write that was cut in the middle of a prompt: that prompt is sampled again
+        write_jsonl(path, ({**c.to_json(), "tokens": c.tokens} for group in have.values() for c in group))
     odd = next((key for key, group in have.items() if len(group) != per_prompt), None)
     if odd is not None:
         raise UserError(f"{path} holds {len(have[odd])} completions of '{odd}', not {per_prompt}; choose another --out.")
@@ -155,16 +170,36 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], **settings:
     return sum(len(group) for group in have.values()) + len(todo) * per_prompt
 
 
-def finish_rl(run: Run, config: dict[str, Any]) -> Outcome:
-    """Run, or go on with, what ``accord rl`` wrote into ``config.yaml``; writes the policy and the report."""
-    settings = build(RLSettings, config["rl"], str(run.folder / "config.yaml"))
-    for key in ("prompts", "reward"):
-        if not config.get(key):
-            raise UserError(f"{run.folder / 'config.yaml'} has no '{key}'; only runs started with accord rl can be resumed this way.")
+@dataclass
+class Prepared:
+    """Everything ``accord rl`` needs, opened and checked before a run folder exists."""
+
+    settings: RLSettings
+    policy: Policy
+    prompts: list[Prompt]
+    validation: list[Prompt]
+    reward: Reward
+
+
+def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
+    """Open what a run's ``config.yaml`` names: model, prompts, reward."""
+    missing = next((key for key in ("model", "prompts", "reward", "rl") if not config.get(key)), None)
+    if missing:
+        raise UserError(f"{where} has no '{missing}'; only runs that were started with accord rl can be resumed this way.")
+    settings = build(RLSettings, config["rl"], where)
     prompts = read_prompts(config["prompts"])
-    held = read_prompts(config["validation"]) if config.get("validation") else None
-    train, validation = split_validation(prompts, settings.prompts_per_step) if held is None else (prompts, held)
-    outcome = run_rl(run, load(config["model"], settings.dtype), train, config["reward"], settings, validation)
+    if config.get("validation"):
+        validation = read_prompts(config["validation"])
+    else:
+        prompts, validation = split_validation(prompts, settings.prompts_per_step)
+    policy = load(config["model"], settings.dtype)
+    return Prepared(settings, policy, prompts, validation, build_reward(config["reward"], policy, settings.reward_timeout))
+
+
+def finish_rl(run: Run, prepared: Prepared) -> Outcome:
+    """Train, or go on training, and write policy and report."""
+    p = prepared
+    outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation)
     write_report(run.folder)
     return outcome
 

@@ -107,6 +107,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
     reward.add_argument("--completions", help="completions that --rankings speak of (from accord sample)")
     reward.add_argument("--rankings", help="raw rankings: prompt_id, labeler, ranks")
+    reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
     reward.add_argument("--out", type=Path, required=True, help="folder to save the reward model in")
 
     rl = command(
@@ -179,24 +180,26 @@ def do_run(arguments: argparse.Namespace) -> None:
     from accord.estimate import print_estimate
     from accord.pipeline import start
 
-    pipeline = start(recipe, arguments.out or Path("runs") / Path(arguments.recipe).stem)
+    arguments.out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    pipeline = start(recipe, arguments.out)
     print_estimate(pipeline.policy, recipe)
     pipeline.go()
 
 
 def do_resume(arguments: argparse.Namespace) -> None:
-    from accord.api import finish_rl
+    from accord.api import finish_rl, prepare_rl
     from accord.pipeline import Pipeline
     from accord.runs import Run
 
     run, config = Run.open(arguments.run)
-    if config.get("command") == "run":
-        Pipeline(build(Recipe, config["recipe"], str(arguments.run / "config.yaml")), run).go()
-    elif config.get("command") == "rl":
-        finish_rl(run, config)
+    where = str(arguments.run / "config.yaml")
+    if config["command"] == "run" and isinstance(config.get("recipe"), dict):
+        Pipeline(build(Recipe, config["recipe"], where), run).go()
+    elif config["command"] == "rl":
+        finish_rl(run, prepare_rl(config, where))
         _after_rl(arguments.run)
     else:
-        raise UserError(f"{arguments.run / 'config.yaml'} names no command that can be resumed ({config.get('command')!r}).")
+        raise UserError(f"{where} names no command that can be resumed ({config['command']!r}).")
 
 
 def do_sample(arguments: argparse.Namespace) -> None:
@@ -222,8 +225,10 @@ def do_reward(arguments: argparse.Namespace) -> None:
     if arguments.pairs:
         groups = read_pairs(arguments.pairs)
     else:
-        groups = group_pairs(read_completions(arguments.completions), read_rankings(arguments.rankings), values["fail_weight"])
-    model, report = train_reward(load(arguments.model), groups, **values)
+        groups = group_pairs(
+            read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), values["fail_weight"]
+        )
+    model, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, **values)
     model.save(arguments.out)
     console.print(
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
@@ -233,23 +238,21 @@ def do_reward(arguments: argparse.Namespace) -> None:
 
 
 def do_rl(arguments: argparse.Namespace) -> None:
-    from accord.api import finish_rl
-    from accord.runs import Run
+    from accord.api import finish_rl, prepare_rl
+    from accord.runs import Run, refuse_existing
 
-    values = settings(arguments, RLSettings)
     config = {
         "command": "rl",
         "model": arguments.model,
         "prompts": str(arguments.prompts),
         "validation": arguments.validation,
         "reward": arguments.reward,
-        "rl": values,
+        "rl": settings(arguments, RLSettings),
     }
-    from accord.data.sources import read_prompts
-
-    read_prompts(arguments.prompts)  # a broken row is told before anything is created
-    console.print(f"[dim]{RLSettings(**values).arithmetic()}[/]", soft_wrap=True)
-    finish_rl(Run.create(arguments.out, config), config)
+    refuse_existing(arguments.out)
+    prepared = prepare_rl(config, "accord rl")
+    console.print(f"[dim]{prepared.settings.arithmetic()}[/]", soft_wrap=True)
+    finish_rl(Run.create(arguments.out, config), prepared)
     _after_rl(arguments.out)
 
 
@@ -265,7 +268,7 @@ def do_evaluate(arguments: argparse.Namespace) -> None:
     from accord.evaluation.report import write_report
     from accord.evaluation.summary import print_comparison
     from accord.pipeline import save_comparison
-    from accord.runs import Run
+    from accord.runs import Run, refuse_existing
 
     values = settings(arguments, EvaluationSettings)
     prompts = read_prompts(arguments.prompts)
@@ -276,9 +279,9 @@ def do_evaluate(arguments: argparse.Namespace) -> None:
         "prompts": arguments.prompts,
         "evaluation": values,
     }
-    aligned, against = load(arguments.model), load(arguments.against)
+    refuse_existing(arguments.out)
+    comparison = evaluate(load(arguments.model), load(arguments.against), prompts, arguments.reward, **values)
     run = Run.create(arguments.out, config)
-    comparison = evaluate(aligned, against, prompts, arguments.reward, **values)
     save_comparison(run.folder, comparison)
     print_comparison(comparison.to_json())
     console.print(f"Report: {write_report(run.folder)}", soft_wrap=True)

@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe with another luck in every stage; evaluation keeps its own."""
         stages = {name: getattr(self, name).model_copy(update={"seed": seed}) for name in ("sample", "feedback", "reward", "rl")}
-        return self.model_copy(update=stages)
+        return build(Recipe, self.model_copy(update=stages).model_dump(), f"seed {seed}")
 
 
 def recipe_text(name: str) -> str:

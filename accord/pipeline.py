@@ -23,9 +23,10 @@ from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
 from accord.feedback.panel import simulated_panel
 from accord.progress import console, safe_point
+from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
 from accord.rollout.policy import Policy
-from accord.runs import Run, write_whole
+from accord.runs import Run, refuse_existing, write_whole
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class Done:
 class Pipeline:
     """Runs a recipe's stages in order. A finished stage has a line in ``stages.jsonl`` and its files in the folder."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
-        self.recipe, self.run = recipe, run
-        self._policy: Policy | None = None
+    def __init__(self, recipe: Recipe, run: Run, policy: Policy | None = None) -> None:
+        self.recipe, self.run, self._policy = recipe, run, policy
 
     @property
     def policy(self) -> Policy:
@@ -175,9 +175,8 @@ class Pipeline:
         return Done(gate, report.to_json(), sum(len(c.tokens) for g in groups for c in g.completions) * self.recipe.reward.epochs)
 
     def rl(self) -> Done:
-        outcome = run_rl(
-            self.run, self.policy, self.split("train"), str(self.run.folder / "reward"), self.recipe.rl, self.split("validation")
-        )
+        source = build_reward(str(self.run.folder / "reward"), self.policy)
+        outcome = run_rl(self.run, self.policy, self.split("train"), source, self.recipe.rl, self.split("validation"))
         metrics = [m for m in self.run.read("metrics.jsonl") if m["step"] >= 0]
         kl, limit = metrics[-1]["kl"], self.recipe.gates.max_kl
         gate = Gate(
@@ -225,4 +224,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> None:
 
 
 def start(recipe: Recipe, out: str | Path) -> Pipeline:
-    return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}))
+    """A new run of a recipe; the model is opened first, so that a wrong name leaves no folder behind."""
+    refuse_existing(Path(out))
+    policy = Policy.load(recipe.model, recipe.rl.dtype)
+    return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,17 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from accord.data.sources import read_lines
 from accord.errors import UserError
 from accord.progress import console
 from accord.rl.trainer import Saved
 
 FORMAT = 1
+LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl")
 
 
 class Run:
@@ -41,8 +45,7 @@ class Run:
     def create(cls, folder: str | Path, config: Mapping[str, Any]) -> Run:
         """A new run folder with its settings written down, defaults included."""
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"Run folder {folder} already exists. Go on with it: accord resume {folder}; or choose another --out.")
+        refuse_existing(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -59,10 +62,12 @@ class Run:
             raise UserError(f"{folder} is not a run folder (it has no config.yaml); give the folder that --out named.")
         try:
             config = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        if not isinstance(config, dict) or "command" not in config:
+            raise UserError(f"{path} is damaged: it names no command.")
         run = cls(folder)
-        for name in ("metrics.jsonl", "completions.jsonl", "warnings.jsonl"):
+        for name in LOGS:
             repair_lines(folder / name)
         return run, config
 
@@ -83,8 +88,7 @@ class Run:
         self.append("warnings.jsonl", [{"warning": text}])
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_lines(self.folder / name)
 
     # Checkpoints: written aside, flushed to disk, renamed. A folder without a manifest is never read.
 
@@ -101,7 +105,7 @@ class Run:
 
             manifest = {
                 "format": FORMAT, "accord": __version__, "torch": torch.__version__, "step": step,
-                "score": score, "sha256": digest, "about": about,
+                "score": None if score is None or math.isnan(score) else score, "sha256": digest, "about": about,
             }  # fmt: skip
             write_whole(aside / "manifest.json", json.dumps(manifest, indent=2))
             flush(aside / "state.safetensors")
@@ -110,39 +114,45 @@ class Run:
                 shutil.rmtree(final)
             os.replace(aside, final)
             flush(root)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise disk_error(self.folder, error) from None
         self._drop_old()
 
     def checkpoints(self) -> list[tuple[int, Path, dict[str, Any]]]:
-        """(step, folder, manifest) of every whole checkpoint, oldest first."""
+        """(step, folder, manifest) of every checkpoint whose manifest is whole, oldest first."""
         found = []
         for path in (self.folder / "checkpoints").glob("step-*"):
             try:
                 manifest = json.loads((path / "manifest.json").read_text())
+                if not {"format", "accord", "step", "score", "sha256", "about"} <= manifest.keys():
+                    raise ValueError("fields are missing")
                 found.append((int(manifest["step"]), path, manifest))
-            except (OSError, ValueError, KeyError):
-                console.print(f"[yellow]{path} is damaged and left out.[/]")
+            except (OSError, ValueError, TypeError, AttributeError):
+                console.print(f"[yellow]{path}: its manifest is damaged; it is left out.[/]", soft_wrap=True)
         return sorted(found, key=lambda c: c[0])
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint whose checksum is right, with the logs cut back to it."""
+        """The newest checkpoint whose checksum is right, with the logs cut back to it.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole; starting over would delete the logs.
+        """
+        for unfinished in (self.folder / "checkpoints").glob(".writing-*"):
+            shutil.rmtree(unfinished)
         for step, path, manifest in reversed(self.checkpoints()):
             if manifest["format"] > FORMAT:
                 raise UserError(f"{path} has format {manifest['format']}, written by accord {manifest['accord']}; use that version.")
             state = path / "state.safetensors"
             if not state.is_file() or file_digest(state) != manifest["sha256"]:
-                console.print(f"[yellow]{path} is damaged (checksum); the one before it is used.[/]")
+                console.print(f"[yellow]{path} is damaged (checksum); the one before it is used.[/]", soft_wrap=True)
                 continue
             self._cut_back(step)
             return Saved(step, load_file(state), manifest["about"])
+        if any((self.folder / "checkpoints").glob("step-*")):
+            raise UserError(f"No checkpoint in {self.folder / 'checkpoints'} is whole. Delete that folder to train again from the start.")
         self._cut_back(0)
         return None
-
-    def best_score(self) -> float | None:
-        scores = [m["score"] for _, _, m in self.checkpoints() if m["score"] is not None]
-        return max(scores) if scores else None
 
     def _drop_old(self) -> None:
         found = self.checkpoints()
@@ -159,16 +169,19 @@ class Run:
         for name in ("metrics.jsonl", "completions.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [
-                    line
-                    for line in path.read_text().splitlines()
-                    if 0 <= json.loads(line)["step"] < step or (step and json.loads(line)["step"] < 0)
-                ]
-                write_whole(path, "".join(line + "\n" for line in kept))
+                kept = [row for row in read_lines(path) if row["step"] < step and (step > 0 or row["step"] >= 0)]
+                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
-def disk_error(folder: Path, error: OSError) -> UserError:
-    return UserError(f"Cannot write to {folder}: {error.strerror or error}. Make room or fix the permissions, then: accord resume {folder}")
+def refuse_existing(folder: Path) -> None:
+    """A run never writes into what is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"Run folder {folder} already exists. Go on with it: accord resume {folder}; or choose another --out.")
+
+
+def disk_error(folder: Path, error: OSError | SafetensorError) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"Cannot write to {folder}: {reason}. Make room or fix the permissions, then: accord resume {folder}")
 
 
 def write_whole(path: Path, text: str) -> None:

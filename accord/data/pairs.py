@@ -53,7 +53,7 @@ def group_pairs(completions: dict[str, list[Completion]], rankings: Sequence[Ran
                     f"Labeler '{ranking.labeler}' ranked {len(ranking.ranks)} completions of '{prompt_id}'; it has {len(answers)}."
                 )
             for better, worse, weight in pairs_of(ranking, fail_weight):
-                if answers[better].text != answers[worse].text:
+                if weight > 0 and answers[better].text != answers[worse].text:
                     weights[better, worse] += weight
         if weights:
             pairs = tuple((i, j, w) for (i, j), w in weights.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accord.data.records import Completion, Content, PairGroup, Prompt, Ranking
-from accord.errors import UserError, did_you_mean
+from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
 
 PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
@@ -91,7 +91,7 @@ def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except UserError:
         raise
     except Exception as error:  # the hub client raises a different family of errors in each version
-        raise UserError(f"Dataset {name} cannot be read: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"Dataset {name} cannot be read: {first_line(error)}") from None
 
 
 def check_content(value: Any, place: str, field: str) -> Content:
@@ -99,6 +99,7 @@ def check_content(value: Any, place: str, field: str) -> Content:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{place}: field '{field}' is empty; give the prompt some text or delete the row.")
+        _check_unicode(value, place, field)
         return value
     if not isinstance(value, list) or not value:
         raise UserError(f"{place}: field '{field}' must be text or a list of messages; it is {type(value).__name__}.")
@@ -110,12 +111,20 @@ def check_content(value: Any, place: str, field: str) -> Content:
         role = str(message["role"])
         if role not in ROLES:
             raise UserError(f"{where} has the unknown role '{role}'; use {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
+        _check_unicode(message["content"], place, field)
         messages.append({"role": role, "content": message["content"]})
     if messages[-1]["role"] not in ("user", "tool"):
         raise UserError(f"{place}: field '{field}' ends with '{messages[-1]['role']}'; a prompt ends with the user.")
     if not messages[-1]["content"].strip():
         raise UserError(f"{place}: field '{field}' ends with an empty message.")
     return messages
+
+
+def _check_unicode(text: str, place: str, field: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: field '{field}' holds half of a surrogate pair, which is no character; repair the text.") from None
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -184,17 +193,22 @@ def _completion_text(value: Any, place: str, field: str) -> str:
     return value
 
 
-def read_completions(source: str | Path) -> dict[str, list[Completion]]:
-    """What ``accord sample`` wrote: completions by prompt id, in the order of their index."""
+def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, list[Completion]]:
+    """What ``accord sample`` wrote: completions by prompt id, in the order of their index.
+
+    ``with_tokens`` keeps the sampled ids, which mean something to the model that sampled them alone.
+    """
     found: dict[str, list[Completion]] = {}
     for place, row in read_rows(source):
         text = row.get("completion")
         if not isinstance(text, str):
             raise UserError(f"{place} has no text field 'completion'; was the file written by accord sample?")
         prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
-        tokens = tuple(row.get("tokens") or ())
+        tokens, index = row.get("tokens") or [], row.get("index") or 0
+        if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens) or not isinstance(index, int):
+            raise UserError(f"{place}: 'index' must be a whole number and 'tokens' a list of them.")
         found.setdefault(prompt.id, []).append(
-            Completion(prompt, text, bool(row.get("finished", True)), int(row.get("index") or 0), tokens)
+            Completion(prompt, text, bool(row.get("finished", True)), index, tuple(tokens) if with_tokens else ())
         )
     if not found:
         raise UserError(f"{source} holds no completions.")
@@ -219,6 +233,16 @@ def read_rankings(source: str | Path) -> list[Ranking]:
             )
         )
     return rankings
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log that accord itself appends to; none if there is no such file.
+
+    Only a newline ends a row: JSON may hold the other characters that ``str.splitlines`` cuts at.
+    """
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

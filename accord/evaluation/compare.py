@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class EvaluationSettings(BaseModel):
     harmful_theme: str = Field("harmlessness", description="Prompts of this theme get a toxicity line of their own")
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
     micro_batch_tokens: int = Field(4096, ge=1, description="Padded tokens scored at once")
+    reward_timeout: float = Field(60.0, gt=0, description="Seconds a reward function may take for one model's completions")
     seed: int = Field(12345, ge=0, description="The luck both models share")
 
 
@@ -122,8 +124,12 @@ def evaluate(
     harmful = [i for i, m in enumerate(measured[0]) if m.completion.prompt.theme == settings.harmful_theme]
     before, after, change = {}, {}, {}
     for name, (old, new) in column.items():
-        before[name], after[name] = bootstrap_mean(old, ids), bootstrap_mean(new, ids)
-        change[name] = bootstrap_mean([n - o for o, n in zip(old, new, strict=True)], ids)
+        both = [i for i in range(len(ids)) if math.isfinite(old[i]) and math.isfinite(new[i])]
+        if not both:
+            continue
+        where = [ids[i] for i in both]
+        before[name], after[name] = (bootstrap_mean([side[i] for i in both], where) for side in (old, new))
+        change[name] = bootstrap_mean([new[i] - old[i] for i in both], where)
     ratio = None
     if harmful:
         where = [ids[i] for i in harmful]
@@ -143,7 +149,8 @@ def _measure(policy: Policy, rollout: Rollout, reward: Reward | None, gold: bool
     completions = rollout.completions()
     values: dict[str, list[float]] = {}
     if reward is not None:
-        values["score"] = reward(rollout).total.tolist()
+        given = reward(rollout)  # a skipped completion has no score: NaN, left out below
+        values["score"] = given.total.masked_fill(~given.valid, float("nan")).tolist()
     if gold:
         values["gold"] = [j.gold for j in judge(completions)]
     values["toxicity"] = toxicity(rollout.texts)

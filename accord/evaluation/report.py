@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from accord.data.records import Completion, Prompt
+from accord.data.sources import read_lines
 from accord.evaluation.charts import calibration_chart, line_chart
 from accord.evaluation.summary import headline, table_rows
 from accord.feedback.criterion import judge
@@ -32,9 +33,9 @@ CURVES = (
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` from whatever of the run exists so far."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    metrics = [m for m in _rows(folder / "metrics.jsonl") if m["step"] >= 0]
-    stages = _rows(folder / "stages.jsonl") + _rows(folder / "gates.jsonl")
-    completions = _rows(folder / "completions.jsonl")
+    metrics = [m for m in read_lines(folder / "metrics.jsonl") if m["step"] >= 0]
+    stages = read_lines(folder / "stages.jsonl") + read_lines(folder / "gates.jsonl")
+    completions = read_lines(folder / "completions.jsonl")
     charts = [line_chart(t, {label: _curve(metrics, key) for key, label in keys.items()}, note) for t, keys, note in CURVES]
     if config["command"] == "run" and completions:
         charts.insert(
@@ -67,7 +68,7 @@ def write_report(folder: Path) -> Path:
         ] if reward else [],
         rows=[{**c, "text": _text(c["prompt"])} for c in top],
         stages=stages,
-        warnings=[w["warning"] for w in _rows(folder / "warnings.jsonl")],
+        warnings=[w["warning"] for w in read_lines(folder / "warnings.jsonl")],
         settings=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
     path = folder / "report.html"
@@ -86,10 +87,6 @@ def gold_curve(completions: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def _curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(m["step"] + 1, float(m[key])) for m in metrics if m.get(key) is not None]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _text(prompt: Any) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from accord.errors import UserError
+from accord.errors import UserError, first_line
 
 
 class ForeignModel(nn.Module):
@@ -81,7 +82,6 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> ForeignModel:
         inner = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"transformers cannot open {folder} as a causal language model: {reason}") from None
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"transformers cannot open {folder} as a causal language model: {first_line(error)}") from None
     return ForeignModel(inner.requires_grad_(False).eval())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from accord.errors import UserError, did_you_mean
+from accord.errors import UserError, did_you_mean, first_line
 from accord.nn import bundled
 from accord.nn.foreign import ForeignModel, load_foreign
 from accord.nn.transformer import Transformer
@@ -64,8 +64,7 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"'{name}' is no local folder, and the Hugging Face hub did not give it: {reason}") from None
+        raise UserError(f"'{name}' is no local folder, and the Hugging Face hub did not give it: {first_line(error)}") from None
 
 
 def load_model(name: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoadedModel:
@@ -81,5 +80,5 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: torch.device
     if is_native(raw):
         model: Model = build(raw, read_tensors(folder), str(folder), dtype)
     else:
-        model = load_foreign(folder, dtype)
+        model = load_foreign(folder, torch.float32)  # trained in full, and its reference must be its equal
     return LoadedModel(model.to(device), raw, folder)

@@ -101,7 +101,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def build(raw: dict[str, Any], tensors: dict[str, Tensor], where: str, dtype: torch.dtype) -> Transformer:
     """A frozen :class:`Transformer` with these weights; heads of other tasks (``score.*``) are left out."""
-    config = parse_config(raw)
+    try:
+        config = parse_config(raw)
+    except KeyError as error:
+        raise UserError(f"{where}: config.json has no field {error}.") from None
     with torch.device("meta"):
         model = Transformer(config)
     wanted = dict(model.named_parameters())

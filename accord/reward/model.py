@@ -80,6 +80,7 @@ class RewardModel:
     @classmethod
     def on(cls, policy: Policy, top_layers: int, seed: int = 0) -> RewardModel:
         """An untrained reward model on the policy's own trunk."""
+        policy = policy.frozen()
         if isinstance(policy.model, ForeignModel):
             raise UserError(f"A reward model needs an architecture accord computes; '{policy.raw.get('model_type')}' is not one.")
         depth = policy.model.depth
@@ -135,9 +136,10 @@ class RewardModel:
     def save(self, folder: str | Path) -> None:
         """Write a folder that ``transformers`` opens as a sequence classifier with one label."""
         folder = Path(folder)
+        tokenizer = _padded_apart(self.tokenizer)
         state = {n: t for n, t in merged_state(self.network).items() if not n.startswith("lm_head")}
         state["score.weight"] = self.scalar.head.weight.detach().cpu()
-        kind = str(self.raw.get("architectures", ["LlamaForCausalLM"])[0]).replace("ForCausalLM", "ForSequenceClassification")
+        kind = str((self.raw.get("architectures") or ["LlamaForCausalLM"])[0]).replace("ForCausalLM", "ForSequenceClassification")
         save_folder(
             folder,
             self.raw,
@@ -146,9 +148,9 @@ class RewardModel:
             num_labels=1,
             id2label={"0": "score"},
             label2id={"score": 0},
-            pad_token_id=self.tokenizer.pad_id,
+            pad_token_id=tokenizer.pad_id,
         )
-        self.tokenizer.save(folder)
+        tokenizer.save(folder)
         about = {
             "kind": "reward_model",
             "format": FORMAT,
@@ -199,15 +201,32 @@ class RewardModel:
                 mine.model.layers[i] = start.model.layers[i]
             mine.model.embed_tokens, mine.lm_head = start.model.embed_tokens, start.lm_head
 
-    @property
-    def embedding(self) -> nn.Module:
-        """Two models that hold the same embedding object share their trunk."""
-        return self.network.model.embed_tokens
+    def sits_on(self, start: Model) -> bool:
+        """Whether every layer below the cut is ``start``'s own object, so that its activations can be used."""
+        if not isinstance(start, Transformer):
+            return False
+        mine, theirs = self.network.model, start.model
+        below = zip(mine.layers[: self.scalar.cut], theirs.layers[: self.scalar.cut], strict=True)
+        return mine.embed_tokens is theirs.embed_tokens and all(a is b for a, b in below)
 
     @property
     def network(self) -> Transformer:
         assert isinstance(self.scalar.model, Transformer)
         return self.scalar.model
+
+
+def _padded_apart(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a padding token that ends nothing, if it has one to spare.
+
+    ``transformers`` reads a classifier's answer at the last token that is not padding; where padding is the
+    end token, that would be the token before the end.
+    """
+    apart = Tokenizer(copy.deepcopy(tokenizer.inner), tokenizer.eos_ids)
+    spare = [t for t in apart.inner.all_special_tokens if apart.inner.convert_tokens_to_ids(t) not in apart.eos_ids]
+    if apart.pad_id in apart.eos_ids and spare:
+        apart.inner.pad_token = spare[0]
+        apart.pad_id = apart.inner.pad_token_id
+    return apart
 
 
 def _restore_top(scalar: ScalarModel, tensors: dict[str, Tensor]) -> None:

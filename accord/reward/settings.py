@@ -17,5 +17,4 @@ class RewardSettings(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
     fail_weight: float = Field(1.0, ge=0, description="Weight of pairs of a ranked completion against one marked F")
-    heldout: float = Field(0.15, gt=0, lt=1, description="Share of prompts held out to measure on")
     seed: int = Field(0, ge=0, description="Order of the prompts and first weights of the head")

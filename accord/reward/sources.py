@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from accord.data.records import Completion
-from accord.errors import UserError
-from accord.nn.transformer import Transformer
+from accord.errors import UserError, first_line
 from accord.reward.model import RewardModel
 from accord.reward.worker import serve
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
-from accord.text.tokenizer import Tokenizer
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float | None]]
 
@@ -46,6 +44,13 @@ class Reward:
     def __init__(self, sources: Sequence[tuple[float, Source]]) -> None:
         self.sources = list(sources)
 
+    def add(self, weight: float, source: Source) -> None:
+        """Another component; its name is made unique, for the log."""
+        same = sum(other.name.split("#")[0] == source.name for _, other in self.sources)
+        if same:
+            source.name = f"{source.name}#{same + 1}"
+        self.sources.append((weight, source))
+
     def __call__(self, rollout: Rollout) -> Scores:
         total = torch.zeros(len(rollout), device=rollout.tokens.device)
         valid = torch.ones(len(rollout), dtype=torch.bool, device=rollout.tokens.device)
@@ -65,6 +70,8 @@ class Reward:
 
 def check_scores(name: str, values: Any, rollout: Rollout) -> list[float | None]:
     """One finite number or None a completion, or an error that names the function and the sample."""
+    if hasattr(values, "tolist"):  # an array or tensor
+        values = values.tolist()
     if not isinstance(values, (list, tuple)):
         raise UserError(f"Reward '{name}' must return a list; it returned {type(values).__name__}.")
     if len(values) != len(rollout):
@@ -134,7 +141,11 @@ class CallableSource:
         self.name, self._function = getattr(function, "__name__", "function"), function
 
     def score(self, rollout: Rollout) -> list[float | None]:
-        return check_scores(self.name, list(self._function([p.text for p in rollout.prompts], list(rollout.texts))), rollout)
+        try:
+            values = self._function([p.text for p in rollout.prompts], list(rollout.texts))
+        except Exception as error:
+            raise UserError(f"Reward '{self.name}' raised: {type(error).__name__}: {error}") from error
+        return check_scores(self.name, values, rollout)
 
 
 class RewardModelSource:
@@ -143,7 +154,7 @@ class RewardModelSource:
     def __init__(self, name: str, model: RewardModel, policy: Policy) -> None:
         self.name, self.model = name, model
         self._same_tokens = model.tokenizer.fingerprint == policy.tokenizer.fingerprint
-        self.on_trunk = isinstance(policy.start, Transformer) and model.embedding is policy.start.model.embed_tokens
+        self.on_trunk = model.sits_on(policy.start)
 
     def score(self, rollout: Rollout) -> list[float | None]:
         if not self._same_tokens:
@@ -158,20 +169,24 @@ class ClassifierSource:
     """A sequence-classification model of Hugging Face: log-odds of one label (its score, if it has one label)."""
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from accord.nn.loading import default_device, model_folder
 
         self.name = name
         source, _, label = name.removeprefix("classifier:").partition("@")
         folder = model_folder(source)
-        self._tokenizer = Tokenizer.load(folder).inner
         try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
             self._model = AutoModelForSequenceClassification.from_pretrained(
                 str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} is not a sequence classifier: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # tokenizer and model classes raise anything from KeyError to a bare Exception
+            raise UserError(f"{folder} is not a usable sequence classifier: {first_line(error)}") from None
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if self._model.config.pad_token_id is None:
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model.to(default_device()).eval()
         labels = {str(v): int(k) for k, v in self._model.config.id2label.items()}
         if label and label not in labels:
@@ -183,10 +198,8 @@ class ClassifierSource:
     @torch.no_grad()
     def score(self, rollout: Rollout) -> list[float | None]:
         out: list[float | None] = []
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
         for start in range(0, len(rollout), 32):
-            texts = rollout.texts[start : start + 32]
+            texts = [t if t.strip() else "." for t in rollout.texts[start : start + 32]]  # no text, no tokens
             batch = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
             logits = self._model(**batch.to(self._model.device)).logits.float()
             if logits.shape[-1] > 1:
@@ -226,4 +239,11 @@ def build_reward(specs: Any, policy: Policy, timeout: float = 60.0) -> Reward:
     many = specs if isinstance(specs, (list, tuple)) else [specs]
     if not many:
         raise UserError("No reward given: use --reward FOLDER, module:function or classifier:NAME.")
-    return Reward([parse_reward(spec, policy, timeout) for spec in many])
+    reward = Reward([])
+    try:
+        for spec in many:
+            reward.add(*parse_reward(spec, policy, timeout))
+    except UserError:
+        reward.close()
+        raise
+    return reward

@@ -31,7 +31,7 @@ class Optimizer:
         self._adam = torch.optim.AdamW(
             [{"params": p} for p in self._groups.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8
         )
-        self.skipped, self._in_a_row = 0, 0
+        self.skipped, self.in_a_row = 0, 0
 
     def set_step(self, step: int) -> None:
         """Learning rates of training step ``step`` (from 0): a linear rise over ``warmup_steps``, then constant."""
@@ -57,13 +57,13 @@ class Optimizer:
         stats |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
         if all(bool(torch.isfinite(norm)) for norm in norms.values()):
             self._adam.step()
-            self._in_a_row = 0
+            self.in_a_row = 0
         else:
             self.skipped += 1
-            self._in_a_row += 1
-            if self._in_a_row >= self._settings.max_nonfinite:
+            self.in_a_row += 1
+            if self.in_a_row >= self._settings.max_nonfinite:
                 raise UserError(
-                    f"{self._in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
+                    f"{self.in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
                     "stops. The last checkpoint is whole. Lower learning_rate, or look for extreme scores in completions.jsonl."
                 )
         return dict(stats)
@@ -81,4 +81,6 @@ class Optimizer:
         for group, parameters in self._groups.items():
             for name, parameter in zip(self._names[group], parameters, strict=True):
                 keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{group}/{name}/{k}" in state]
-                self._adam.state[parameter] = {k: state[f"{group}/{name}/{k}"].clone() for k in keys}
+                self._adam.state[parameter] = {
+                    k: state[f"{group}/{name}/{k}"].to("cpu" if k == "step" else parameter.device, copy=True) for k in keys
+                }

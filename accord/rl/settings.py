@@ -47,7 +47,7 @@ class RLSettings(BaseModel):
     truncation: Literal["penalize", "bootstrap", "nothing"] = Field(
         "penalize", description="What a completion cut by the length limit gets besides its score"
     )
-    truncation_penalty: float = Field(0.0, ge=0, description="Subtracted from the score of a cut completion")
+    truncation_penalty: float = Field(1.0, ge=0, description="Subtracted from the score of a cut completion")
 
     epochs: int = Field(2, ge=1, description="Passes over a step's completions")
     minibatches: int = Field(2, ge=1, description="Optimizer steps a pass")
@@ -81,6 +81,8 @@ class RLSettings(BaseModel):
                 f"prompts_per_step x completions_per_prompt = {rows} completions do not divide into {self.minibatches} "
                 f"minibatches; set minibatches to a divisor of {rows}"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target steers kl_coef by factors, so kl_coef must start above 0")
         self.sampling(0).check_training()
         return self
 

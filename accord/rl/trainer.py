@@ -25,7 +25,7 @@ from accord.rl.optimize import Optimizer
 from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
 from accord.rl.watch import Watch, measure
-from accord.rollout.engine import Engine
+from accord.rollout.engine import Engine, encode_checked
 from accord.rollout.policy import Policy
 
 
@@ -70,24 +70,32 @@ def train(
         raise UserError(
             f"{len(prompts)} training prompts are fewer than prompts_per_step ({settings.prompts_per_step}); add prompts or lower it."
         )
+    if settings.stop_at_score is not None and not validation:
+        raise UserError("stop_at_score looks at the validation score, and there are no validation prompts; give --validation.")
+    for prompt in [*prompts, *validation]:
+        encode_checked(start, prompt, settings.max_new_tokens)  # too long is told now, not at step 30
     state = State.begin(start, reward, settings)
     policy, critic, optimizer, kl = state.policy, state.critic, state.optimizer, state.kl
-    first = state.restore(run.latest())
+    saved = run.latest()
+    first = kept = state.restore(saved)
+    if saved is not None and saved.about.get("stopped"):
+        return Outcome(policy, str(saved.about["stopped"]), first)
     engine, algorithm, watch = Engine(policy, settings.rows), PPO(settings), Watch(settings, run.warn)
     held = list(validation)[: settings.validation_prompts]
-    stopped, step = "max_steps", first
+    stopped: str | None = "max_steps" if first >= settings.max_steps else None
+    step = first
     with bar("PPO", settings.max_steps) as progress:
         progress.advance(first)
-        for step in range(first, settings.max_steps):
-            clock = Clock()
+        while stopped is None:
+            clock, failed = Clock(), None
             batch = batch_of(prompts, step, settings)
             rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True)
             clock.lap("rollout")
             try:
                 scored = score_rollout(policy, critic, reward, rollout, settings)
             except UserError:  # the reward failed: what was learned before this step is kept
-                if step > first:
-                    run.save(step, state.tensors(), state.about(), None)
+                if step > kept:
+                    run.save(step, state.tensors(), state.about(None), None)
                 raise
             if step == 0:
                 test = self_test(policy, scored, settings)
@@ -101,21 +109,24 @@ def train(
             kl.update(stats["kl"], len(rollout))
             watch.check(step, stats)
             stats |= {"skipped_updates": float(optimizer.skipped), "tokens": float(rollout.response_mask.sum())}
-            last = step + 1 == settings.max_steps
-            if held and ((step + 1) % settings.validate_every == 0 or last):
-                stats["validation_score"] = state.validate(engine, held, reward)
+            if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
+                try:
+                    stats["validation_score"] = state.validate(engine, held, reward)
+                except UserError as error:
+                    failed = error
                 clock.lap("validate")
             run.log(step, stats | clock.laps, rows_of(experience, step))
             progress.advance(1, f"score {stats['score']:.2f} KL {stats['kl']:.1f} skipped {optimizer.skipped}")
-            reason = stop_reason(settings, stats)
-            interrupted = stop_requested()
-            if (step + 1) % settings.checkpoint_every == 0 or last or reason or interrupted:
-                run.save(step + 1, state.tensors(), state.about(), stats.get("validation_score"))
-            if reason:
-                stopped = reason
-                break
-            safe_point("Training is saved.")
-    return Outcome(policy, stopped, step + 1)
+            step += 1
+            stopped = stop_reason(settings, step, stats)
+            if step % settings.checkpoint_every == 0 or stopped or failed or stop_requested():
+                run.save(step, state.tensors(), state.about(stopped), stats.get("validation_score"))
+                kept = step
+            if failed:
+                raise failed
+            if not stopped:
+                safe_point("Training is saved.")
+    return Outcome(policy, stopped, step)
 
 
 class Clock:
@@ -142,12 +153,13 @@ def batch_of(prompts: Sequence[Prompt], step: int, settings: RLSettings) -> list
     return picked
 
 
-def stop_reason(settings: RLSettings, stats: Mapping[str, float]) -> str | None:
+def stop_reason(settings: RLSettings, done: int, stats: Mapping[str, float]) -> str | None:
+    """Why training ends after ``done`` steps, or None if it goes on."""
     if settings.stop_at_score is not None and stats.get("validation_score", -math.inf) >= settings.stop_at_score:
         return "stop_at_score"
     if settings.kl_stop is not None and stats["kl"] >= settings.kl_stop:
         return "kl_stop"
-    return None
+    return "max_steps" if done >= settings.max_steps else None
 
 
 def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
@@ -208,19 +220,31 @@ class State:
         out |= {f"critic/{n}": p.detach() for n, p in self.critic.trainable().items()}
         return out | {f"optimizer/{n}": t for n, t in self.optimizer.state().items()}
 
-    def about(self) -> dict[str, Any]:
-        return {"kl": self.kl.state(), "skipped": self.optimizer.skipped}
+    def about(self, stopped: str | None) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors. A run that ended by ``max_steps`` may be given more of them."""
+        ended = stopped if stopped != "max_steps" else None
+        return {"kl": self.kl.state(), "skipped": self.optimizer.skipped, "in_a_row": self.optimizer.in_a_row, "stopped": ended}
 
     def restore(self, saved: Saved | None) -> int:
-        """Take over a checkpoint; returns the step to go on with."""
+        """Take over a checkpoint; returns the step to go on with.
+
+        Raises:
+            UserError: the checkpoint is of other settings (another adaptation, other layers).
+        """
         if saved is None:
             return 0
         for prefix, parameters in (("policy", self.policy.trainable()), ("critic", self.critic.trainable())):
             for name, parameter in parameters.items():
-                parameter.data.copy_(saved.tensors[f"{prefix}/{name}"])
+                tensor = saved.tensors.get(f"{prefix}/{name}")
+                if tensor is None or tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"The checkpoint of step {saved.step} does not fit the settings ({prefix} {name}); "
+                        "adaptation, top_layers and lora_rank in config.yaml must be those the run started with."
+                    )
+                parameter.data.copy_(tensor)
         moments = {n.removeprefix("optimizer/"): t for n, t in saved.tensors.items() if n.startswith("optimizer/")}
         self.optimizer.load_state(moments)
-        self.optimizer.skipped = int(saved.about["skipped"])
+        self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.kl.coef = float(saved.about["kl"]["coef"])
         return saved.step
 

@@ -55,7 +55,7 @@ class Engine:
         """
         encoded = [encode_checked(self.policy, prompt, sampling.max_new_tokens) for prompt in prompts]
         jobs = [(p, k) for p in range(len(prompts)) for k in range(per_prompt)]
-        names = [f"{prompts[p].id}/{k}" for p, k in jobs]
+        names = _names(prompts, per_prompt)
         out = _Output.make(self.policy, encoded, jobs, sampling.max_new_tokens, keep_trunk)
         luck = uniforms(sampling.seed, names, sampling.max_new_tokens).to(out.tokens.device)
         report = on_progress or (lambda done, tokens: None)
@@ -189,6 +189,17 @@ class _Output:
         return rollout.select(torch.arange(len(prompts), device=self.tokens.device))
 
 
+def _names(prompts: Sequence[Prompt], per_prompt: int) -> list[str]:
+    """What each completion's luck belongs to; a prompt that is in the batch again is told apart."""
+    seen: dict[str, int] = {}
+    names = []
+    for prompt in prompts:
+        again = seen.get(prompt.id, 0)
+        seen[prompt.id] = again + 1
+        names += [f"{prompt.id}{f'#{again}' if again else ''}/{k}" for k in range(per_prompt)]
+    return names
+
+
 class Reader(Protocol):
     """What reads prompts: a policy or a reward model."""
 
@@ -200,7 +211,10 @@ class Reader(Protocol):
 
 def encode_checked(policy: Reader, prompt: Prompt, room: int) -> list[int]:
     """Ids of a prompt that leaves ``room`` tokens of the context for its completion."""
-    ids = policy.tokenizer.encode_prompt(prompt.content)
+    try:
+        ids = policy.tokenizer.encode_prompt(prompt.content)
+    except UserError as error:
+        raise UserError(f"Prompt '{prompt.id}': {error}") from None
     if not ids:
         raise UserError(f"Prompt '{prompt.id}' has no tokens.")
     if len(ids) + room > policy.context:

@@ -25,7 +25,7 @@ from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model, resolve_dtype
 from accord.nn.lora import add_lora, lora_layers, save_lora
 from accord.nn.transformer import Transformer
-from accord.nn.weights import merged_state, save_folder
+from accord.nn.weights import build, merged_state, save_folder
 from accord.text.tokenizer import Tokenizer
 
 ADAPTATIONS = ("split", "lora", "full")
@@ -75,6 +75,8 @@ class Policy:
         """A trainable policy that starts from this one; this one is its reference and stays as it is."""
         if adaptation not in ADAPTATIONS:
             raise UserError(f"Unknown adaptation '{adaptation}'; use {', '.join(ADAPTATIONS)}.")
+        if self.model is not self.start:
+            return self.frozen().adapt(adaptation, top_layers, lora_rank, lora_alpha, seed)
         start = self.model
         if isinstance(start, ForeignModel):
             if adaptation != "full":
@@ -95,6 +97,16 @@ class Policy:
                 model.lm_head.weight = model.model.embed_tokens.weight
             return self._with(model, "full", 0, cut)
         return self._with(share_layers(start, cut), "split", cut, cut)
+
+    def frozen(self) -> Policy:
+        """This policy with its current weights fixed (adapters merged), to start another training from."""
+        if self.model is self.start:
+            return self
+        if isinstance(self.model, ForeignModel):
+            model: Model = copy.deepcopy(self.model).requires_grad_(False)
+        else:
+            model = build(self.raw, merged_state(self.model), self.source, self.model.compute_dtype).to(self.device)
+        return Policy(model, self.tokenizer, self.raw, self.source, model, trunk_layers=model.depth)
 
     def _with(self, model: Model, adaptation: str, split: int, trunk_layers: int) -> Policy:
         model.compute_dtype = self.model.compute_dtype

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from accord.errors import UserError
 
@@ -30,20 +33,25 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
 
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # tokenizer classes raise anything from KeyError to a bare Exception
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"No usable tokenizer in {folder} ({reason}); tokenizer.json belongs beside the weights.") from None
-        eos: Any = []
-        if (folder / "generation_config.json").is_file():
-            eos = GenerationConfig.from_pretrained(str(folder)).eos_token_id
-        return cls(inner, eos if isinstance(eos, list) else [] if eos is None else [eos])
+        eos: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).is_file():
+                given = json.loads((folder / name).read_text()).get("eos_token_id")
+                eos += given if isinstance(given, list) else [] if given is None else [given]
+        return cls(inner, eos)
 
     def save(self, folder: Path) -> None:
+        """Write the tokenizer, and ``generation_config.json`` with everything that ends a completion."""
         self.inner.save_pretrained(str(folder))
+        ends = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
     @property
     def has_chat_template(self) -> bool:
@@ -60,7 +68,10 @@ class Tokenizer:
                 raise UserError("The prompt is a chat, but this model's tokenizer has no chat template; give plain text.")
             return list(self.inner(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"The model's chat template refuses the prompt: {error}") from None
         return list(self.inner(text, add_special_tokens=False)["input_ids"])
 
     def encode_completion(self, text: str, finished: bool) -> list[int]:
