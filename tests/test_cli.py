@@ -84,7 +84,7 @@ def test_sample_goes_on_where_it_stopped(home, capsys):
     whole = (home / "c.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 20
-    (home / "c.jsonl").write_text("".join(lines[:12]) + lines[12][:30])  # torn in the middle of a row
+    (home / "c.jsonl").write_text("".join(lines[:13]) + lines[13][:30])  # cut within a prompt, and within a row
     assert accord(capsys, *arguments)[0] == 0
     assert (home / "c.jsonl").read_text() == whole
     code, out = accord(capsys, *arguments[:-4], "--per-prompt", "3", "--max-new-tokens", "5")
@@ -136,6 +136,8 @@ def test_reward_from_pairs(home, capsys):
         (["rl", "--prompts-per-step", "40"], "fewer than prompts_per_step (40)"),
         (["rl", "--max-new-tokens", "500"], "exceeds the model's context of 128"),
         (["rl", "--out", "taken"], "already exists"),
+        (["rl", "--kl-target", "3", "--kl-coef", "0"], "kl_coef must start above 0"),
+        (["demo", "--seed", "-1"], "seed -1: sample.seed: Input should be greater than or equal to 0"),
         (["run", "dmo"], "Did you mean 'demo'?"),
         (["run", "bad-recipe.yaml"], "unknown setting 'rl.max_step'. Did you mean 'max_steps'?"),
         (["resume", "nothing"], "is not a run folder"),
@@ -160,6 +162,25 @@ def test_a_mistake_is_one_sentence(home, capsys, arguments, message):
     code, out = accord(capsys, *arguments)
     assert code == 2
     assert message in out, out
+
+
+def test_a_mistake_leaves_no_run_folder(home, capsys):
+    """So that the corrected command can use the same name."""
+    common = ["rl", "--model", "model", "--prompts", "prompts.jsonl", "--out", "runs/x", *RL]
+    assert accord(capsys, *common, "--reward", "mine:gone")[0] == 2
+    assert accord(capsys, *common, "--reward", "mine:short", "--validation", "gone.jsonl")[0] == 2
+    assert not (home / "runs" / "x").exists()
+    assert accord(capsys, *common, "--reward", "mine:short")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- a", "command: rl\n", "command: run\n", "{", "command: rl\nmodel: m\nprompts: p\nreward: r\nrl: {x: 1}\n"]
+)
+def test_a_damaged_config_is_named(home, capsys, content):
+    (home / "r").mkdir()
+    (home / "r" / "config.yaml").write_text(content)
+    code, out = accord(capsys, "resume", "r")
+    assert code == 2 and "config.yaml" in out
 
 
 def test_help_teaches(capsys):

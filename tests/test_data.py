@@ -47,6 +47,7 @@ def test_prompts_of_every_kind(tmp_path):
         (['{"messages": [{"role": "assistant", "content": "a"}]}'], r"a prompt ends with the user"),
         (['{"messages": [{"role": "user", "content": " "}]}'], r"ends with an empty message"),
         (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], r"p\.jsonl:2: the id 'x' is used already at .*:1"),
+        (['{"prompt": "\\ud83d"}'], "half of a surrogate pair"),
         ([""], "holds no prompts"),
     ],
 )
@@ -133,6 +134,16 @@ def test_rankings_and_completions_round_trip(tmp_path):
     assert read_completions(tmp_path / "c.jsonl") == group
     with pytest.raises(UserError, match="whole numbers"):
         read_rankings(write(tmp_path, {"prompt_id": "p", "ranks": [0, 1]}))
+
+
+@pytest.mark.parametrize("bad", [{"index": "a"}, {"tokens": 5}, {"tokens": ["x"]}])
+def test_bad_completions(tmp_path, bad):
+    with pytest.raises(UserError, match=r"p\.jsonl:1: 'index' must be"):
+        read_completions(write(tmp_path, {"id": "p", "prompt": "q", "completion": "c", **bad}))
+
+
+def test_weightless_fails_leave_no_empty_groups():
+    assert group_pairs(completions(["x", "y"]), [Ranking("p", "a", (1, None))], fail_weight=0.0) == []
 
 
 def test_splits_are_stable_and_have_their_shares():

@@ -27,7 +27,7 @@ from accord.runs import Run
 SMALL = dict(
     prompts_per_step=4, completions_per_prompt=2, max_new_tokens=8, top_layers=2, temperature=0.9, micro_batch_tokens=64,
     epochs=2, minibatches=2, learning_rate=1e-3, critic_learning_rate=1e-3, max_steps=4, validate_every=2, checkpoint_every=2,
-    lora_rank=4, dtype="float32",
+    lora_rank=4, dtype="float32", truncation="nothing",
 )  # fmt: skip
 
 
@@ -249,6 +249,51 @@ def test_stop_rules(tiny, prompts, tmp_path):
     assert train(tiny, prompts, build_reward(letters, tiny), make(), run).stopped == "max_steps"
 
 
+def test_a_run_that_stopped_by_its_score_stays_stopped(tiny, prompts, tmp_path):
+    settings = make(stop_at_score=-1.0)
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    train(tiny, prompts, build_reward(letters, tiny), settings, run, prompts[:2])
+    again = train(tiny, prompts, build_reward(letters, tiny), settings, run, prompts[:2])
+    assert (again.stopped, again.steps) == ("stop_at_score", 2)
+    assert [m["step"] for m in run.read("metrics.jsonl")] == [-1, 0, 1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny, prompts, tmp_path):
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    train(tiny, prompts, build_reward(letters, tiny), make(max_steps=2), run)
+    with pytest.raises(UserError, match="does not fit the settings"):
+        train(tiny, prompts, build_reward(letters, tiny), make(top_layers=3), run)
+
+
+def test_a_prompt_too_long_is_told_before_the_first_step(tiny, prompts, tmp_path):
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    with pytest.raises(UserError, match="'long' has"):
+        train(tiny, [*prompts, Prompt("long", "x" * 200)], build_reward(letters, tiny), make(), run)
+    assert not run.read("metrics.jsonl")
+
+
+@pytest.mark.parametrize("then", ["split", "lora", "full"])
+@pytest.mark.parametrize("first", ["split", "lora", "full"])
+def test_an_aligned_policy_can_be_aligned_again(tiny, prompts, tmp_path, first, then):
+    """Its reference is what it is now, not where it once came from; it stays as it is."""
+    once = train(
+        tiny, prompts, build_reward(letters, tiny), make(adaptation=first, max_steps=1), Run.create(tmp_path / "a", {"command": "rl"})
+    ).policy
+    before = once.frozen()
+    state, e, settings = begin(once, prompts, make(adaptation=then))
+    self_test(state.policy, e, settings)
+    assert state.policy.trainable()
+    tokens = e.rollout.tokens
+    torch.testing.assert_close(state.policy.start(tokens), before.model(tokens), rtol=0, atol=1e-5)
+    assert (state.policy.start(tokens) - tiny.model(tokens)).abs().max() > 1e-4
+
+
+def test_the_same_prompt_twice_in_a_batch_has_its_own_luck(tiny, prompts):
+    rollout = Engine(tiny).sample([prompts[0], prompts[1], prompts[0]], 1, make().sampling(0))
+    assert rollout.texts[0] != rollout.texts[2]
+    assert rollout.texts[:2] == Engine(tiny).sample(prompts[:2], 1, make().sampling(0)).texts
+
+
 def test_drift_is_warned_of_once():
     said = []
     watch = Watch(make(kl_warn=5.0), said.append)
@@ -270,8 +315,7 @@ def test_reward_model_on_the_same_trunk_gives_the_same_scores(tiny_folder, tiny,
     state = State.begin(policy, build_reward(str(tmp_path / "reward"), policy), settings)
     rollout = Engine(state.policy).sample(prompts, 1, settings.sampling(0), keep_trunk=True)
     assert source.on_trunk and rollout.trunk is not None and rollout.trunk_cut == 2
-    assert source.model.embedding is policy.start.model.embed_tokens
-    assert all(a is b for a, b in zip(source.model.scalar.model.model.layers[:2], policy.start.model.layers[:2], strict=True))
+    assert source.model.sits_on(policy.start) and not source.model.sits_on(Policy.load(str(tiny_folder), "float32").start)
     kept = torch.tensor(source.score(rollout))
     fresh = dataclasses.replace(rollout, trunk=None)
     rollout.trunk.zero_()  # the kept activations were really what was read

@@ -77,9 +77,10 @@ def test_saved_reward_model_is_a_transformers_classifier(trained, tmp_path):
     model, _ = trained
     model.save(tmp_path / "reward")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float32)
-    rows = model.encode([Completion(Prompt("a", "which?"), "face!", False)])
-    mine = float(model.raw_scores(rows)) - float(model.scalar.head.bias)
-    assert float(theirs(rows.tokens).logits) == pytest.approx(mine, abs=1e-4)
+    for finished in (False, True):  # the last token is the end token, and it is what is read
+        rows = model.encode([Completion(Prompt("a", "which?"), "face!", finished)])
+        mine = model.raw_scores(rows).item() - model.scalar.head.bias.item()
+        assert theirs(rows.tokens).logits.item() == pytest.approx(mine, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,26 @@ def test_a_classifier_is_a_reward(tiny, rollout, tmp_path, trained):
         build_reward(f"classifier:{tmp_path / 'c'}", tiny)
     with pytest.raises(UserError, match="no label 'great'"):
         build_reward(f"classifier:{tmp_path / 'c'}@great", tiny)
+
+
+def test_a_bert_classifier_is_a_reward(tiny, rollout, tmp_path):
+    """Encoders have no end token, and need none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path / "bert")
+    config = BertConfig(vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    got = build_reward(f"classifier:{tmp_path / 'bert'}", tiny)(rollout)
+    assert got.valid.all() and got.total.isfinite().all()
+
+
+def test_components_of_one_name_are_told_apart(tiny, rollout):
+    one, two = (lambda p, c: [1.0] * len(c)), (lambda p, c: [2.0] * len(c))
+    got = build_reward([one, two], tiny)(rollout)
+    assert list(got.parts) == ["<lambda>", "<lambda>#2"] and got.total.tolist() == [3.0] * 8
 
 
 def test_too_few_pairs(tiny):

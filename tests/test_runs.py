@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,6 +65,46 @@ def test_a_torn_line_is_repaired(run):
     run._lock.close()
     again, _ = Run.open(run.folder)
     assert again.read("metrics.jsonl") == [{"step": 0, "score": 1.0}]
+
+
+def test_lines_end_at_newlines_only(run):
+    """JSON may hold U+2028, at which str.splitlines would cut."""
+    run.log(0, {"score": 1.0}, [{"step": 0, "completion": "a\u2028b\x85c"}])
+    save(run, 1)
+    run.latest()
+    assert run.read("completions.jsonl")[0]["completion"] == "a\u2028b\x85c"
+
+
+def test_when_no_checkpoint_is_whole_the_logs_are_not_deleted(run):
+    run.log(0, {"score": 1.0}, [])
+    save(run, 1)
+    (run.folder / "checkpoints" / "step-1" / "state.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"No checkpoint .* is whole"):
+        run.latest()
+    assert run.read("metrics.jsonl")
+
+
+def test_a_file_size_limit_is_a_sentence(run, tmp_path):
+    """A real failing write, as of a full disk, in a process of its own."""
+    program = f"""
+import resource, signal, sys, torch
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from accord.errors import UserError
+from accord.runs import Run
+run, _ = Run.open(Path({str(run.folder)!r}))
+run.save(1, {{"x": torch.zeros(10)}}, {{}}, None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    run.save(2, {{"x": torch.zeros(1_000_000)}}, {{}}, None)
+except UserError as error:
+    print("told:", error)
+print(sorted(p.name for p in (run.folder / "checkpoints").iterdir()))
+"""
+    run._lock.close()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "told: Cannot write to" in done.stdout and "accord resume" in done.stdout, done.stdout + done.stderr
+    assert "['step-1']" in done.stdout
 
 
 def test_one_writer(run):

@@ -135,6 +135,15 @@ def test_an_unknown_model(name, message):
         Policy.load(name)
 
 
+def test_every_end_token_survives_saving(tmp_path):
+    """Chat models often name a second one in generation_config.json only."""
+    folder = save_model(tmp_path / "a")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 10]}')
+    policy = Policy.load(str(folder), "float32")
+    policy.save(tmp_path / "b")
+    assert policy.tokenizer.eos_ids == Policy.load(str(tmp_path / "b"), "float32").tokenizer.eos_ids == (256, 10)
+
+
 def test_no_chat_template(tmp_path):
     policy = Policy.load(str(save_model(tmp_path, chat=False)), "float32")
     assert policy.tokenizer.encode_prompt("abc") == list(byte_tokenizer()("abc")["input_ids"])

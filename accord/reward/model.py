@@ -222,7 +222,8 @@ def _padded_apart(tokenizer: Tokenizer) -> Tokenizer:
     end token, that would be the token before the end.
     """
     apart = Tokenizer(copy.deepcopy(tokenizer.inner), tokenizer.eos_ids)
-    spare = [t for t in apart.inner.all_special_tokens if apart.inner.convert_tokens_to_ids(t) not in apart.eos_ids]
+    added = sorted(apart.inner.added_tokens_decoder.items())
+    spare = [str(token) for number, token in added if token.special and number not in apart.eos_ids]
     if apart.pad_id in apart.eos_ids and spare:
         apart.inner.pad_token = spare[0]
         apart.pad_id = apart.inner.pad_token_id
