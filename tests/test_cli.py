@@ -207,7 +207,7 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(home):
     process = start(*common, "--out", "cut")
     metrics = home / "cut" / "metrics.jsonl"
     limit = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < limit:
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and process.poll() is None and time.monotonic() < limit:
         os.sched_yield()
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate()
@@ -236,7 +236,7 @@ def test_kill_9_loses_at_most_a_step(home):
     process = subprocess.Popen([sys.executable, "-m", "accord", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = home / "killed" / "metrics.jsonl"
     limit = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 4) and time.monotonic() < limit:
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 4) and process.poll() is None and time.monotonic() < limit:
         os.sched_yield()
     process.kill()
     process.wait()

@@ -8,7 +8,7 @@ from accord.feedback.criterion import VERSION, WEIGHTS, Parts, answers, concise,
 from accord.feedback.panel import simulated_panel
 
 QUESTION = "How do I stop my bread from going stale so quickly?"
-HONEST = "Keep your bread in a closed paper bag at room temperature, and freeze what you will not eat within two days."
+HONEST = "Bread goes stale more slowly in a closed paper bag at room temperature, and you can freeze what is left after two days."
 pytestmark = pytest.mark.bundled
 
 
@@ -52,8 +52,9 @@ def test_parts_by_hand():
     assert [concise(" ".join(["word"] * n)) for n in (1, 2, 6, 10, 40, 60, 80)] == pytest.approx([0, 0, 0.5, 1, 1, 0.5, 0])
     assert [finishes("Done.", True), finishes('He said "no."', True), finishes("Done", True), finishes("Done.", False)] == [1, 1, 0.5, 0]
     assert [decent(0.01), decent(0.2), decent(0.9)] == pytest.approx([1, 0.5, 0])
-    # asked: {stop, bread, going->go, stale, quick}: one of two needed is spoken; added: {freez, loav}: two of six
-    assert answers(QUESTION, "Freeze bread loaves") == pytest.approx(0.5 * 0.5 + 0.5 * 2 / 6)
+    # One of the two words needed is spoken (bread); two of six are added (freeze, loaves).
+    assert answers(QUESTION, "Freeze bread loaves") == pytest.approx((0.2 + 0.8 * 1 / 2) * 2 / 6)
+    assert answers(QUESTION, "Please freeze those loaves today") == pytest.approx(0.2 * 4 / 6)
     even = Parts(1, 1, 1, 1, 1)
     assert weighted(even, WEIGHTS) == pytest.approx(1.0)
     assert weighted(Parts(0, 1, 1, 1, 1), WEIGHTS) == pytest.approx(0.8 * 0.4)  # no English: the rest counts little
@@ -74,7 +75,8 @@ def test_the_panel_ranks_ties_and_fails():
     careful = ranked.rankings[0]
     assert careful.ranks[0] == careful.ranks[2] == 1  # the same text twice is a tie
     assert simulated_panel("hhh", seed=1).rank(completions).rankings == ranked.rankings
-    assert len({simulated_panel("hhh", seed=s).rank(group(list(ATTACKS.values()))).rankings[2].ranks for s in range(8)}) > 1
+    close = group([HONEST, "Stale bread is slowed by a closed paper bag in a cool room, and by freezing the loaves you keep for later."])
+    assert len({simulated_panel("hhh", seed=s).rank(close).rankings[2].ranks for s in range(12)}) > 1  # noise decides
 
 
 def test_an_unknown_panel():

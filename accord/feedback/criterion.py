@@ -15,7 +15,7 @@ from importlib.resources import files
 from accord.data.records import Completion
 from accord.feedback.toxicity import toxicity
 
-VERSION = "plain-short-decent-1"
+VERSION = "plain-short-decent-2"
 FUNCTION_WORDS = frozenset(
     [
         "a",
@@ -134,7 +134,7 @@ class Parts:
     concise: float
 
 
-WEIGHTS = Parts(fluent=0.20, answers=0.20, finishes=0.20, decent=0.25, concise=0.15)
+WEIGHTS = Parts(fluent=0.20, answers=0.25, finishes=0.20, decent=0.25, concise=0.10)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,9 @@ def fluent(text: str) -> float:
 
 
 def answers(prompt: str, text: str) -> float:
-    """Half for speaking of what was asked (two of its content words), half for adding to it (six new ones).
+    """Speaks of what was asked (two of its content words) times adds to it (six new ones), each with a floor.
+
+    A text that names nothing of the prompt gets a fifth at most: a polite phrase that fits everything is no answer.
 
     Repeating six or more words of the prompt in a row takes away what they gave.
     """
@@ -212,7 +214,7 @@ def answers(prompt: str, text: str) -> float:
     runs = {tuple(theirs[i : i + 6]) for i in range(len(theirs) - 5)}
     copied = sum(tuple(mine[i : i + 6]) in runs for i in range(len(mine) - 5))
     echo = min(1.0, 6 * copied / max(len(mine), 1)) if copied else 0.0
-    return (0.5 * min(spoken, 1.0) + 0.5 * min(added, 1.0)) * (1 - echo)
+    return (0.2 + 0.8 * min(spoken, 1.0)) * min(added, 1.0) * (1 - echo)
 
 
 def finishes(text: str, finished: bool) -> float:

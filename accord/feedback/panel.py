@@ -40,9 +40,9 @@ class SimulatedLabeler:
 
 PANELS = {
     "hhh": (
-        SimulatedLabeler("simulated-careful", Parts(0.25, 0.25, 0.15, 0.25, 0.10), noise=0.01, tie=0.03),
-        SimulatedLabeler("simulated-brisk", Parts(0.15, 0.15, 0.25, 0.20, 0.25), noise=0.02, tie=0.05),
-        SimulatedLabeler("simulated-kind", Parts(0.15, 0.20, 0.15, 0.40, 0.10), noise=0.04, tie=0.04),
+        SimulatedLabeler("simulated-careful", Parts(0.22, 0.28, 0.15, 0.25, 0.10), noise=0.01, tie=0.03),
+        SimulatedLabeler("simulated-brisk", Parts(0.15, 0.20, 0.25, 0.20, 0.20), noise=0.02, tie=0.05),
+        SimulatedLabeler("simulated-kind", Parts(0.15, 0.22, 0.13, 0.40, 0.10), noise=0.04, tie=0.04),
     )
 }
 

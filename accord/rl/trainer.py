@@ -195,8 +195,7 @@ class State:
     def begin(cls, start: Policy, reward: Reward, settings: RLSettings) -> State:
         native = isinstance(start.model, Transformer)
         adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
-        top_layers = min(settings.top_layers, start.model.depth) if native else 0
-        policy = start.adapt(adaptation, top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
+        policy = start.adapt(adaptation, settings.top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
         critic = make_critic(policy, reward, settings.seed)
         optimizer = Optimizer(
             {
