@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +19,6 @@ from torch import Tensor
 from accord.data.records import Completion
 from accord.errors import UserError, first_line
 from accord.reward.model import RewardModel
-from accord.reward.worker import serve
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 
@@ -99,31 +101,33 @@ class FunctionSource:
 
     def __init__(self, path: str, timeout: float = 60.0) -> None:
         self.name, self.timeout = path, timeout
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(path, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+        command = [sys.executable, "-m", "accord.reward.worker", path]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._questions = Connection(os.dup(self._process.stdin.fileno()), readable=False)
+        self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
+        self._process.stdin.close()
+        self._process.stdout.close()
         self._receive("could not be imported")
 
     def score(self, rollout: Rollout) -> list[float | None]:
         try:
-            self._pipe.send(([p.text for p in rollout.prompts], list(rollout.texts)))
+            self._questions.send(([p.text for p in rollout.prompts], list(rollout.texts)))
         except OSError:
             raise UserError(f"Reward '{self.name}': its process has ended; see its own output above.") from None
         return check_scores(self.name, self._receive("raised"), rollout)
 
     def _receive(self, failed: str) -> Any:
         try:
-            if not self._pipe.poll(self.timeout):
+            if not self._answers.poll(self.timeout):
                 self.close()
                 raise UserError(
                     f"Reward '{self.name}' did not answer within {self.timeout:g} s and was stopped; make it faster or raise reward_timeout."
                 )
-            kind, value = self._pipe.recv()
+            kind, value = self._answers.recv()
         except (EOFError, OSError):
             raise UserError(
-                f"Reward '{self.name}': its process died (exit code {self._process.exitcode}); it must return a list."
+                f"Reward '{self.name}': its process died (exit code {self._process.wait()}); it must return a list."
             ) from None
         if kind == "error":
             raise UserError(f"Reward '{self.name}' {failed}: {value}")
@@ -131,7 +135,9 @@ class FunctionSource:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.join()
+        self._process.wait()
+        self._questions.close()
+        self._answers.close()
 
 
 class CallableSource:

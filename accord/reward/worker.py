@@ -1,9 +1,15 @@
-"""The process in which a user's reward function runs, so that a crash or a hang there harms nothing here."""
+"""The process in which a user's reward function runs, so that a crash or a hang there harms nothing here.
+
+Started as ``python -m accord.reward.worker package.module:function``: a fresh interpreter that imports the
+function's module and nothing of the script that asked for it. It speaks over its standard input and output;
+what the function prints goes to standard error.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,25 +28,34 @@ def find_function(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def serve(path: str, pipe: Connection) -> None:
-    """Answer (prompts, completions) with ("ok", scores) or ("error", message) until the pipe closes."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+def serve(path: str, questions: Connection, answers: Connection) -> None:
+    """Answer (prompts, completions) with ("ok", scores) or ("error", message) until the questions end."""
     try:
         function = find_function(path)
-        pipe.send(("ok", None))
+        answers.send(("ok", None))
     except BaseException as error:
-        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        answers.send(("error", f"{type(error).__name__}: {error}"))
         return
     while True:
         try:
-            prompts, completions = pipe.recv()
+            prompts, completions = questions.recv()
         except (EOFError, OSError):
             return
         try:
             scores = function(prompts, completions)
-            pipe.send(("ok", list(scores)))
+            answers.send(("ok", list(scores)))
         except BaseException as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            pipe.send(("error", f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"))
+            answers.send(("error", f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    questions, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function starts or reads must not touch the two pipes
+    os.dup2(2, 1)
+    serve(sys.argv[1], questions, answers)
+
+
+if __name__ == "__main__":
+    main()
