@@ -55,7 +55,7 @@ class Gates(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_pairs: int = Field(200, ge=1, description="Pairs after the feedback stage")
-    reward_accuracy: float = Field(0.6, description="Lower bound of the reward model's held-out accuracy")
+    reward_accuracy: float = Field(0.5, description="Lower bound of the reward model's held-out accuracy; 0.5 is chance")
     max_kl: float = Field(25.0, description="KL to the reference after PPO, nats a completion")
     win_rate: float = Field(0.5, description="Lower bound of the win rate by gold")
 
@@ -117,7 +117,8 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
             ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = f" (it is {first['input']!r})" if name else ""
-        raise UserError(f"{where}: {f'{name}: ' if name else ''}{message}{given}.") from None
+        end = "" if message.endswith("?") and not given else "."
+        raise UserError(f"{where}: {f'{name}: ' if name else ''}{message}{given}{end}") from None
 
 
 def _known(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:

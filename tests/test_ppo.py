@@ -89,7 +89,7 @@ def test_self_test_names_a_mask_off_by_one(begun):
 
 def test_score_lands_on_the_last_response_token(begun):
     _, e, settings = begun
-    done = PPO(settings).advantages(e, kl_coef=0.0)
+    done = PPO(settings, None, None).advantages(e, kl_coef=0.0)
     for row in range(len(e.scores)):
         columns = torch.nonzero(e.mask[row])[:, 0]
         assert float(done.rewards[row, columns[-1]]) == pytest.approx(float(e.scores[row]))
@@ -120,7 +120,7 @@ def test_micro_batch_size_does_not_change_the_gradient(tiny, prompts):
     for budget in (1, 40, 10**6):
         settings = make(micro_batch_tokens=budget, entropy_coef=0.1, max_grad_norm=1e9)
         state, e, _ = begin(tiny, prompts, settings)
-        algorithm = PPO(settings)
+        algorithm = PPO(settings, None, None)
         e = algorithm.advantages(e, 0.05)
         state.optimizer.set_step(0)
         state.optimizer.step(e, partial(algorithm.loss, state.policy, state.critic))
@@ -138,7 +138,7 @@ def test_loss_is_the_objective_of_the_paper(begun):
 
     state, e, _ = begun
     settings = make(entropy_coef=0.3, value_coef=0.7)
-    algorithm = PPO(settings)
+    algorithm = PPO(settings, None, None)
     e = algorithm.advantages(e, 0.05)
     e = dataclasses.replace(e, old_logprobs=e.old_logprobs + 0.4 * torch.sin(torch.arange(e.mask.shape[1])))
     loss, stats = algorithm.loss(state.policy, state.critic, e, e.mask.sum())
@@ -189,10 +189,10 @@ def test_skipped_samples_do_not_train(tiny, prompts):
     """A reward of None takes a row out of the advantages, the loss and the count."""
     _, e, settings = begin(tiny, prompts, make(), lambda p, c: [None, *[1.0 + i for i in range(len(c) - 1)]])
     assert not e.mask[0].any() and e.valid.tolist() == [False] + [True] * 7
-    done = PPO(settings).advantages(e, 0.05)
+    done = PPO(settings, None, None).advantages(e, 0.05)
     assert not done.advantages[0].any() and not done.rewards[0].any()
     rest = e.select(torch.arange(1, 8))
-    torch.testing.assert_close(done.advantages[1:, : rest.mask.shape[1]], PPO(settings).advantages(rest, 0.05).advantages)
+    torch.testing.assert_close(done.advantages[1:, : rest.mask.shape[1]], PPO(settings, None, None).advantages(rest, 0.05).advantages)
 
 
 # The whole loop.
@@ -360,7 +360,7 @@ def test_foreign_model_trains_in_full(tmp_path, prompts):
 
 def test_optimizer_state_survives(begun):
     state, e, settings = begun
-    algorithm = PPO(settings)
+    algorithm = PPO(settings, None, None)
     e = algorithm.advantages(e, 0.05)
     loss = lambda rows, count: algorithm.loss(state.policy, state.critic, rows, count)
     state.optimizer.set_step(3)

@@ -6,11 +6,13 @@ reference and the update all come through :func:`log_softmax_logits` with the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+EXCLUDED = -1e9  # a logit of no probability that is still a number
 CHUNK = 256  # positions at a time: 256 x 49,152 logits in fp32 are 48 MiB
 
 
@@ -21,11 +23,45 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # (N,) nats, of the whole next-token distribution
 
 
-def log_softmax_logits(hidden: Tensor, matrix: Tensor, temperature: float) -> Tensor:
-    """log softmax(hidden @ matrix.T / temperature), fp32. hidden (N,D), matrix (V,D) -> (N,V)."""
-    logits = (hidden @ matrix.to(hidden.dtype).t()).float()
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Nucleus(NamedTuple):
+    """The tokens that another policy finds likely: at each of N positions its smallest set of mass ``top_p``."""
+
+    hidden: Tensor  # (N,D) that policy's final hidden states
+    matrix: Tensor  # (V,D)
+    top_p: float
+
+    def split(self, size: int) -> list[Nucleus]:
+        return [Nucleus(h, self.matrix, self.top_p) for h in self.hidden.split(size)]
+
+
+def nucleus_set(logprobs: Tensor, top_p: float) -> Tensor:
+    """(N,V) bool: the smallest set of likeliest tokens whose mass reaches ``top_p``."""
+    ordered, order = logprobs.sort(-1, descending=True)
+    probability = ordered.exp()
+    return torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, order, probability.cumsum(-1) - probability < top_p)
+
+
+def log_softmax_logits(
+    hidden: Tensor, matrix: Tensor, temperature: float, nucleus: Nucleus | None = None, chosen: Tensor | None = None
+) -> Tensor:
+    """log softmax(hidden @ matrix.T / temperature), fp32 (fp64 stays). hidden (N,D), matrix (V,D) -> (N,V).
+
+    With a ``nucleus``, over its tokens only. A token that was ``chosen`` (N,) is one of them even if rounding
+    says otherwise when the set is computed again.
+    """
+    logits = wide(hidden @ matrix.to(hidden.dtype).t())
     if temperature != 1.0:
         logits = logits / temperature
+    if nucleus is not None:
+        allowed = nucleus_set(log_softmax_logits(nucleus.hidden, nucleus.matrix, temperature), nucleus.top_p)
+        if chosen is not None:
+            allowed = allowed.scatter(-1, chosen[:, None], True)
+        logits = logits.masked_fill(~allowed, EXCLUDED)
     return torch.log_softmax(logits, dim=-1)
 
 
@@ -37,27 +73,29 @@ class _TokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float, nucleus: Nucleus | None
+    ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = [], []
-        for h, a in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
-            logp = log_softmax_logits(h, matrix, temperature)
+        for h, a, n in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(nucleus, len(tokens)), strict=True):
+            logp = log_softmax_logits(h, matrix, temperature, n, a)
             logprobs.append(logp.gather(-1, a[:, None])[:, 0])
             entropy.append(-(logp.exp() * logp).sum(-1))
         out = torch.cat(logprobs), torch.cat(entropy)
         ctx.save_for_backward(hidden, matrix, tokens, out[1])
-        ctx.temperature = temperature
+        ctx.temperature, ctx.nucleus = temperature, nucleus
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, matrix, tokens, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
         weights = matrix.to(hidden.dtype)
         grad_hidden, grad_matrix = [], torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropy.any())
         pieces = (t.split(CHUNK) for t in (hidden, tokens, entropy, grad_logprobs, grad_entropy))
-        for h, a, e, g, ge in zip(*pieces, strict=True):
-            logp = log_softmax_logits(h, matrix, ctx.temperature)
+        for h, a, e, g, ge, n in zip(*pieces, _pieces(ctx.nucleus, len(tokens)), strict=True):
+            logp = log_softmax_logits(h, matrix, ctx.temperature, n, a)
             p = logp.exp()
             dz = p * (-g[:, None] - ge[:, None] * (logp + e[:, None])) if with_entropy else p.mul_(-g[:, None])
             dz.scatter_add_(-1, a[:, None], g[:, None])
@@ -65,10 +103,14 @@ class _TokenStats(torch.autograd.Function):
             grad_hidden.append(dz @ weights)
             if grad_matrix is not None:
                 grad_matrix += (dz.t() @ h).to(matrix.dtype)
-        return torch.cat(grad_hidden), grad_matrix, None, None
+        return torch.cat(grad_hidden), grad_matrix, None, None, None
 
 
-def token_stats(hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float = 1.0) -> TokenStats:
+def _pieces(nucleus: Nucleus | None, positions: int) -> Sequence[Nucleus | None]:
+    return [None] * -(-positions // CHUNK) if nucleus is None else nucleus.split(CHUNK)
+
+
+def token_stats(hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float = 1.0, nucleus: Nucleus | None = None) -> TokenStats:
     """Log-probability of ``tokens`` and entropy of the distribution they were drawn from.
 
     Args:
@@ -76,21 +118,52 @@ def token_stats(hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: flo
         matrix: (V,D) output matrix.
         tokens: (N,) int64, the tokens chosen.
         temperature: the sampling temperature; logits are divided by it.
+        nucleus: the tokens that could be drawn, if not all; its own states get no gradient.
 
     Differentiable in ``hidden`` and ``matrix``; memory does not depend on N x V.
     """
     if not len(tokens):
         empty = hidden.new_zeros(0, dtype=torch.float32)
         return TokenStats(empty, empty)
-    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature))
+    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature, nucleus))
 
 
-@torch.no_grad()
+class _ExactKL(torch.autograd.Function):
+    """With p and q the two softmaxes: d KL / dz_p = p * (log p - log q - KL),  d KL / dz_q = q - p."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, matrix: Tensor, other_hidden: Tensor, other_matrix: Tensor, temperature: float) -> Tensor:
+        out = []
+        for h, o in zip(hidden.split(CHUNK), other_hidden.split(CHUNK), strict=True):
+            p, q = (log_softmax_logits(x, w, temperature) for x, w in ((h, matrix), (o, other_matrix)))
+            out.append((p.exp() * (p - q)).sum(-1))
+        ctx.save_for_backward(hidden, matrix, other_hidden, other_matrix)
+        ctx.temperature = temperature
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, matrix, other_hidden, other_matrix = ctx.saved_tensors
+        sides = ((hidden, matrix), (other_hidden, other_matrix))
+        wanted = ctx.needs_input_grad
+        out = [torch.zeros_like(t) if want else None for t, want in zip(ctx.saved_tensors, wanted, strict=False)]
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            p, q = (log_softmax_logits(h[rows], w, ctx.temperature) for h, w in sides)
+            P, g = p.exp(), grads[0][rows, None] / ctx.temperature
+            slopes = (P * (p - q - (P * (p - q)).sum(-1, keepdim=True)) * g, (q.exp() - P) * g)
+            for k, ((h, w), dz) in enumerate(zip(sides, slopes, strict=True)):
+                dz = dz.to(h.dtype)
+                if (grad := out[2 * k]) is not None:
+                    grad[rows] = dz @ w.to(h.dtype)
+                if (grad := out[2 * k + 1]) is not None:
+                    grad += (dz.t() @ h[rows]).to(w.dtype)
+        return (*out, None)
+
+
 def exact_kl(hidden: Tensor, matrix: Tensor, other_hidden: Tensor, other_matrix: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL[p || q] in nats over the whole vocabulary, (N,): sum_v p_v (log p_v - log q_v)."""
-    out = []
-    for h, o in zip(hidden.split(CHUNK), other_hidden.split(CHUNK), strict=True):
-        p = log_softmax_logits(h, matrix, temperature)
-        q = log_softmax_logits(o, other_matrix, temperature)
-        out.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+    """KL[p || q] in nats over the whole vocabulary, (N,): sum_v p_v (log p_v - log q_v). Differentiable in both sides."""
+    if not len(hidden):
+        return hidden.new_zeros(0, dtype=torch.float32)
+    kl: Tensor = _ExactKL.apply(hidden, matrix, other_hidden, other_matrix, temperature)
+    return kl

@@ -126,9 +126,7 @@ class FunctionSource:
                 )
             kind, value = self._answers.recv()
         except (EOFError, OSError):
-            raise UserError(
-                f"Reward '{self.name}': its process died (exit code {self._process.wait()}); it must return a list."
-            ) from None
+            raise UserError(f"Reward '{self.name}': its process died (exit code {self._process.wait()}); it must return a list.") from None
         if kind == "error":
             raise UserError(f"Reward '{self.name}' {failed}: {value}")
         return value

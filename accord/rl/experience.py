@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from accord.nn.loading import Model
 from accord.nn.transformer import Transformer
 from accord.reward.model import ScalarModel
 from accord.reward.sources import Reward
@@ -14,7 +15,7 @@ from accord.rl.kl import kl_estimate
 from accord.rl.settings import RLSettings
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, micro_batches
-from accord.rollout.scoring import score, trunk_of
+from accord.rollout.scoring import Guide, kl_between, score, trunk_of
 
 
 @dataclass
@@ -26,7 +27,10 @@ class Experience:
         scores: (B,). valid: (B,) bool. parts: each reward's own scores.
         old_logprobs, ref_logprobs, old_entropy, kl: (B,T) nats.
         values: (B,T), V of the state before each token. final_values: (B,), V after the last one.
+        raw_logprobs: (B,T) nats, of the policy without a guide: what the KL speaks of. Without one, ``old_logprobs``.
         rewards, advantages, returns: (B,T), 0 until the algorithm fills them in.
+        kl_coef: the coefficient of this step. guide: what restricted the tokens, if something did.
+        old_model: the policy that sampled, if the algorithm asked for a copy.
     """
 
     rollout: Rollout
@@ -37,12 +41,16 @@ class Experience:
     old_logprobs: Tensor
     old_entropy: Tensor
     ref_logprobs: Tensor
+    raw_logprobs: Tensor
     kl: Tensor
     values: Tensor
     final_values: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_coef: float = 0.0
+    guide: Guide | None = None
+    old_model: Model | None = None
 
     def select(self, rows: Tensor) -> Experience:
         rollout = self.rollout.select(rows)
@@ -87,14 +95,27 @@ def add_trunk(policy: Policy, rollout: Rollout, token_budget: int) -> None:
     rollout.trunk, rollout.trunk_cut = trunk, policy.trunk_layers
 
 
-def score_rollout(policy: Policy, critic: ScalarModel | None, reward: Reward, rollout: Rollout, settings: RLSettings) -> Experience:
+def score_rollout(
+    policy: Policy,
+    critic: ScalarModel | None,
+    reward: Reward,
+    rollout: Rollout,
+    settings: RLSettings,
+    guide: Guide | None = None,
+    old_model: Model | None = None,
+) -> Experience:
     """Scores, reference and old log-probabilities and values: the frozen trunk is read once for all of them."""
     budget, temperature = settings.micro_batch_tokens, settings.temperature
     add_trunk(policy, rollout, budget)
     scored = reward(rollout)
-    mine = score(policy.model, rollout, policy.split, temperature, budget)
+    mine = score(policy.model, rollout, policy.split, temperature, budget, guide)
+    raw = mine.logprobs if guide is None else score(policy.model, rollout, policy.split, temperature, budget).logprobs
     reference = score(policy.start, rollout, policy.trunk_layers, temperature, budget)
     mask = rollout.response_mask & scored.valid[:, None]
+    if settings.kl_estimator == "full":
+        kl = kl_between(policy.model, policy.start, rollout, policy.split, policy.trunk_layers, temperature, budget)
+    else:
+        kl = kl_estimate(raw, reference.logprobs, settings.kl_estimator)
     if critic is None:
         values, final = torch.zeros_like(mine.logprobs), torch.zeros_like(scored.total)
     else:
@@ -108,10 +129,13 @@ def score_rollout(policy: Policy, critic: ScalarModel | None, reward: Reward, ro
         old_logprobs=mine.logprobs,
         old_entropy=mine.entropy,
         ref_logprobs=reference.logprobs,
-        kl=kl_estimate(mine.logprobs, reference.logprobs, settings.kl_estimator),
+        raw_logprobs=raw,
+        kl=kl,
         values=values,
         final_values=final,
         rewards=torch.zeros_like(values),
         advantages=torch.zeros_like(values),
         returns=torch.zeros_like(values),
+        guide=guide,
+        old_model=old_model,
     )

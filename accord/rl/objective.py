@@ -48,6 +48,19 @@ def clipped_surrogate(
     return ClippedSurrogate(objective, clip_fraction, ratio_error, approx_kl)
 
 
+def ratio_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """E_t[r_t A_t], r_t = pi(a_t|s_t) / pi_old(a_t|s_t): TRPO's objective (Schulman et al. 2015, eq. 14). All (B,T)."""
+    ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()
+    return masked_mean(ratio * advantages.detach(), mask, count)
+
+
+def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """E_t[log pi(a_t|s_t) A_t], whose gradient is the policy gradient (Williams 1992; Sutton & Barto 2018, eq. 13.8). All (B,T)."""
+    return masked_mean(torch.where(mask, logprobs, 0.0) * advantages.detach(), mask, count)
+
+
 class ValueLoss(NamedTuple):
     loss: Tensor  # scalar, L_VF, to be minimised
     clip_fraction: Tensor  # scalar

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from accord.errors import UserError
-from accord.rl.experience import Experience
+from accord.reward.model import ScalarModel
+from accord.rl.experience import Experience, values_before
+from accord.rl.objective import value_loss
 from accord.rl.settings import RLSettings
 from accord.rollout.rollout import micro_batches
 
@@ -84,3 +87,24 @@ class Optimizer:
                 self._adam.state[parameter] = {
                     k: state[f"{group}/{name}/{k}"].to("cpu" if k == "step" else parameter.device, copy=True) for k in keys
                 }
+
+
+def value_steps(critic: ScalarModel, optimizer: Optimizer, e: Experience, settings: RLSettings, step: int) -> dict[str, float]:
+    """``critic_epochs`` passes of the critic alone over a step's completions."""
+    losses = []
+
+    def loss(rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        values, _ = values_before(critic, rows.rollout)
+        out = value_loss(values, rows.returns, rows.mask, rows.values, settings.value_clip, count)
+        return out.loss, {"objective/value_loss": out.loss, "value_clip_fraction": out.clip_fraction}
+
+    for epoch in range(settings.critic_epochs):
+        order = np.random.default_rng([settings.seed, step, epoch]).permutation(len(e.scores))
+        losses += [optimizer.step(e.select(torch.from_numpy(rows)), loss) for rows in np.array_split(order, 2) if len(rows)]
+    return means(losses)
+
+
+def means(history: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each named scalar over the optimizer steps that have it."""
+    names = {name for stats in history for name in stats}
+    return {name: float(np.mean([stats[name] for stats in history if name in stats])) for name in sorted(names)}

@@ -37,7 +37,7 @@ def self_test(policy: Policy, experience: Experience, settings: RLSettings) -> S
     _check_mask(policy, rollout, settings)
     found = SelfTest(
         _difference(rollout.engine_logprobs[mask], experience.old_logprobs[mask]),
-        _difference(experience.old_logprobs[mask], experience.ref_logprobs[mask]),
+        _difference(experience.raw_logprobs[mask], experience.ref_logprobs[mask]),
         _padding(policy, experience, settings),
     )
     tolerance = MEAN_TOLERANCE[policy.model.compute_dtype]
@@ -83,6 +83,6 @@ def _check_mask(policy: Policy, rollout: Rollout, settings: RLSettings) -> None:
 def _padding(policy: Policy, experience: Experience, settings: RLSettings) -> tuple[float, float]:
     shortest = int(experience.rollout.lengths.argmin())
     alone = experience.rollout.select(torch.tensor([shortest]))
-    again = score(policy.model, alone, policy.split, settings.temperature, settings.micro_batch_tokens)
+    again = score(policy.model, alone, policy.split, settings.temperature, settings.micro_batch_tokens, experience.guide)
     mask = alone.response_mask
     return _difference(again.logprobs[mask], experience.old_logprobs[shortest, : mask.shape[1]][mask[0]])

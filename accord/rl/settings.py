@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from accord.errors import did_you_mean
+from accord.rl.registry import ALGORITHMS
 from accord.rollout.sampling import Sampling
 
 
@@ -14,7 +16,11 @@ class RLSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    algorithm: Literal["ppo"] = Field("ppo", description="How the policy learns from scores")
+    algorithm: str = Field("ppo", description=f"How the policy learns from scores: {', '.join(ALGORITHMS)} (docs/algorithms.md)")
+    advantage: Literal["gae", "monte_carlo", "leave_one_out", "group", "n_step"] = Field(
+        "gae",
+        description="What an action is judged by: a critic (gae); its return against a moving average; its score against, or normalised among, the prompt's other completions; n steps and a Q-value (dqn)",
+    )
     adaptation: Literal["auto", "split", "lora", "full"] = Field(
         "auto",
         description="What trains: the top layers (split), adapters (lora) or all weights (full); auto is split where accord computes the model itself, full elsewhere",
@@ -35,12 +41,28 @@ class RLSettings(BaseModel):
     value_coef: float = Field(0.5, ge=0, description="c1, weight of the value loss")
     value_clip: float | None = Field(0.2, gt=0, description="How far a value may move from the old one in an update; null: no limit")
     entropy_coef: float = Field(0.0, ge=0, description="c2, weight of the entropy bonus")
+    baseline_decay: float = Field(0.9, ge=0, lt=1, description="Share of the old value in the moving average (advantage monte_carlo)")
+    penalty_beta: float = Field(1.0, gt=0, description="Start value of ppo-penalty's beta")
+    penalty_target: float = Field(0.01, gt=0, description="KL[old, new] a token that ppo-penalty steers beta towards, nats")
+    trust_region: float = Field(0.01, gt=0, description="TRPO's delta: the most KL[old, new] a token of a step, nats")
+    cg_iterations: int = Field(10, ge=1, description="TRPO: conjugate-gradient iterations")
+    cg_damping: float = Field(0.1, ge=0, description="TRPO: added to the diagonal of the Fisher matrix")
+    critic_epochs: int = Field(4, ge=1, description="TRPO: passes of the critic over a step's completions")
+    mask_top_p: float = Field(0.9, gt=0, le=1, description="NLPO: mass of the mask policy's likeliest tokens that may be chosen")
+    mask_every: int = Field(5, ge=1, description="NLPO: steps after which the mask policy becomes the current one")
+    q_scale: float = Field(0.1, gt=0, description="DQN: reward units a nat of the policy's logits is worth (Boltzmann temperature)")
+    n_step: int = Field(3, ge=1, description="DQN: rewards summed before a target's Q-value")
+    replay_steps: int = Field(8, ge=1, description="DQN: rollouts that are kept and drawn from")
+    target_every: int = Field(4, ge=1, description="DQN: steps after which the target network becomes the current one")
     whiten_advantages: bool = Field(True, description="Subtract the mean of the advantages and divide by their standard deviation")
 
     kl_coef: float = Field(0.05, ge=0, description="Penalty a nat of KL to the reference (the start value, if adaptive)")
     kl_target: float | None = Field(None, gt=0, description="Steer kl_coef towards this KL in nats a completion; null: fixed")
     kl_horizon: float = Field(2000.0, gt=0, description="Completions over which the adaptive coefficient reacts")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Estimator of the KL in the reward")
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = Field(
+        "k1", description="Estimator of the KL from the sampled token, or full: the exact KL over the vocabulary"
+    )
+    kl_in: Literal["reward", "loss"] = Field("reward", description="Where the KL penalty stands")
     kl_warn: float = Field(25.0, gt=0, description="Warn when the policy is further than this from the reference, nats a completion")
     kl_stop: float | None = Field(None, gt=0, description="Stop there; null: never")
 
@@ -73,8 +95,23 @@ class RLSettings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Every random number follows from it")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """What is not given takes the algorithm's own default."""
+        spec = ALGORITHMS.get(values.get("algorithm", "ppo")) if isinstance(values, dict) else None
+        if spec is None:
+            return values
+        own = {"advantage": spec.advantages[0]} if spec.advantages else {}
+        return {**own, **spec.defaults, **values}
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.advantage in ("gae", "n_step")
+
     @model_validator(mode="after")
     def _check(self) -> RLSettings:
+        self._check_combination()
         rows = self.prompts_per_step * self.completions_per_prompt
         if rows % self.minibatches:
             raise ValueError(
@@ -85,6 +122,35 @@ class RLSettings(BaseModel):
             raise ValueError("kl_target steers kl_coef by factors, so kl_coef must start above 0")
         self.sampling(0).check_training()
         return self
+
+    def _check_combination(self) -> None:
+        """Refuse what does not go together, and say why."""
+        name, spec = self.algorithm, ALGORITHMS.get(self.algorithm)
+        if spec is None:
+            raise ValueError(f"algorithm: there is no '{name}'; use one of {', '.join(ALGORITHMS)}.{did_you_mean(name, ALGORITHMS)}")
+        if spec.advantages and self.advantage not in spec.advantages:
+            raise ValueError(
+                f"algorithm {name} takes its advantages from {' or '.join(spec.advantages)}, not {self.advantage}"
+                + (" (with a critic, the policy gradient is a2c)" if name == "reinforce" and self.advantage == "gae" else "")
+            )
+        if self.advantage in ("leave_one_out", "group") and self.completions_per_prompt < 2:
+            raise ValueError(
+                f"advantage {self.advantage} compares the completions of a prompt, so completions_per_prompt must be 2 or more"
+            )
+        if not spec.ratio and self.epochs * self.minibatches > 1:
+            raise ValueError(
+                f"algorithm {name} has no ratio between new and old policy, so a second optimizer step would learn from another "
+                "policy's samples; set epochs and minibatches to 1, or use ppo"
+            )
+        if self.kl_in == "loss":
+            if not spec.kl_in_loss:
+                raise ValueError(f"algorithm {name} has no place for the KL in its loss; set kl_in to reward")
+            if self.kl_estimator == "k1":
+                raise ValueError(
+                    "kl_estimator k1 in the loss does nothing: the expected gradient of log pi is zero; use k2, k3 or full, or kl_in reward"
+                )
+        if self.truncation == "bootstrap" and not self.needs_critic:
+            raise ValueError(f"truncation bootstrap needs a critic's value, and advantage {self.advantage} has none")
 
     def sampling(self, step: int) -> Sampling:
         """How step ``step`` samples."""

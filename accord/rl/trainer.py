@@ -18,7 +18,7 @@ from accord.nn.transformer import Transformer
 from accord.progress import bar, safe_point, stop_requested
 from accord.reward.model import RewardModel, ScalarModel
 from accord.reward.sources import Reward, RewardModelSource
-from accord.rl.algorithms.ppo import PPO
+from accord.rl.algorithms import Algorithm, make_algorithm
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.kl import AdaptiveKL, FixedKL, KLController
 from accord.rl.optimize import Optimizer
@@ -75,24 +75,25 @@ def train(
     for prompt in [*prompts, *validation]:
         encode_checked(start, prompt, settings.max_new_tokens)  # too long is told now, not at step 30
     state = State.begin(start, reward, settings)
-    policy, critic, optimizer, kl = state.policy, state.critic, state.optimizer, state.kl
+    policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
     saved = run.latest()
     first = kept = state.restore(saved)
     if saved is not None and saved.about.get("stopped"):
         return Outcome(policy, str(saved.about["stopped"]), first)
-    engine, algorithm, watch = Engine(policy, settings.rows), PPO(settings), Watch(settings, run.warn)
+    engine, watch = Engine(policy, settings.rows), Watch(settings, run.warn)
     held = list(validation)[: settings.validation_prompts]
     stopped: str | None = "max_steps" if first >= settings.max_steps else None
     step = first
-    with bar("PPO", settings.max_steps) as progress:
+    with bar(settings.algorithm.upper(), settings.max_steps) as progress:
         progress.advance(first)
         while stopped is None:
             clock, failed = Clock(), None
             batch = batch_of(prompts, step, settings)
-            rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True)
+            guide = algorithm.guide()
+            rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True, guide=guide)
             clock.lap("rollout")
             try:
-                scored = score_rollout(policy, critic, reward, rollout, settings)
+                scored = score_rollout(policy, critic, reward, rollout, settings, guide, algorithm.old_model(policy))
             except UserError:  # the reward failed: what was learned before this step is kept
                 if step > kept:
                     run.save(step, state.tensors(), state.about(None), None)
@@ -164,7 +165,7 @@ def stop_reason(settings: RLSettings, done: int, stats: Mapping[str, float]) -> 
 
 def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
     """Every completion of a step with its scores, for completions.jsonl."""
-    kl = (e.old_logprobs - e.ref_logprobs).sum(-1).tolist()
+    kl = (e.raw_logprobs - e.ref_logprobs).sum(-1).tolist()
     return [
         {
             "step": step,
@@ -186,9 +187,10 @@ class State:
     """
 
     policy: Policy
-    critic: ScalarModel
+    critic: ScalarModel | None
     optimizer: Optimizer
     kl: KLController
+    algorithm: Algorithm
     settings: RLSettings
 
     @classmethod
@@ -196,17 +198,14 @@ class State:
         native = isinstance(start.model, Transformer)
         adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
         policy = start.adapt(adaptation, settings.top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
-        critic = make_critic(policy, reward, settings.seed)
-        optimizer = Optimizer(
-            {
-                "policy": (policy.trainable(), settings.learning_rate),
-                "critic": (critic.trainable(), settings.critic_learning_rate),
-            },
-            settings,
-        )
-        if settings.kl_target is None:
-            return cls(policy, critic, optimizer, FixedKL(settings.kl_coef), settings)
-        return cls(policy, critic, optimizer, AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon), settings)
+        critic = make_critic(policy, reward, settings.seed) if settings.needs_critic else None
+        groups = {"policy": (policy.trainable(), settings.learning_rate)}
+        if critic is not None:
+            groups["critic"] = (critic.trainable(), settings.critic_learning_rate)
+        kl: KLController = FixedKL(settings.kl_coef)
+        if settings.kl_target is not None:
+            kl = AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        return cls(policy, critic, Optimizer(groups, settings), kl, make_algorithm(settings, policy, critic), settings)
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
@@ -216,13 +215,21 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"policy/{n}": p.detach() for n, p in self.policy.trainable().items()}
-        out |= {f"critic/{n}": p.detach() for n, p in self.critic.trainable().items()}
+        if self.critic is not None:
+            out |= {f"critic/{n}": p.detach() for n, p in self.critic.trainable().items()}
+        out |= {f"algorithm/{n}": t for n, t in self.algorithm.tensors().items()}
         return out | {f"optimizer/{n}": t for n, t in self.optimizer.state().items()}
 
     def about(self, stopped: str | None) -> dict[str, Any]:
         """What a checkpoint holds besides tensors. A run that ended by ``max_steps`` may be given more of them."""
         ended = stopped if stopped != "max_steps" else None
-        return {"kl": self.kl.state(), "skipped": self.optimizer.skipped, "in_a_row": self.optimizer.in_a_row, "stopped": ended}
+        return {
+            "kl": self.kl.state(),
+            "skipped": self.optimizer.skipped,
+            "in_a_row": self.optimizer.in_a_row,
+            "stopped": ended,
+            "algorithm": self.algorithm.about(),
+        }
 
     def restore(self, saved: Saved | None) -> int:
         """Take over a checkpoint; returns the step to go on with.
@@ -232,7 +239,8 @@ class State:
         """
         if saved is None:
             return 0
-        for prefix, parameters in (("policy", self.policy.trainable()), ("critic", self.critic.trainable())):
+        critic = {} if self.critic is None else self.critic.trainable()
+        for prefix, parameters in (("policy", self.policy.trainable()), ("critic", critic)):
             for name, parameter in parameters.items():
                 tensor = saved.tensors.get(f"{prefix}/{name}")
                 if tensor is None or tensor.shape != parameter.shape:
@@ -241,11 +249,15 @@ class State:
                         "adaptation, top_layers and lora_rank in config.yaml must be those the run started with."
                     )
                 parameter.data.copy_(tensor)
-        moments = {n.removeprefix("optimizer/"): t for n, t in saved.tensors.items() if n.startswith("optimizer/")}
-        self.optimizer.load_state(moments)
+        self.optimizer.load_state(_under("optimizer/", saved.tensors))
+        self.algorithm.restore(_under("algorithm/", saved.tensors), saved.about["algorithm"])
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.kl.coef = float(saved.about["kl"]["coef"])
         return saved.step
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def make_critic(policy: Policy, reward: Reward, seed: int) -> ScalarModel:

@@ -16,7 +16,7 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
     """Metrics of a step's completions; nats, tokens or shares."""
     rollout, mask = e.rollout, e.rollout.response_mask
     valid = e.scores[e.valid]
-    kl = e.old_logprobs - e.ref_logprobs
+    kl = e.raw_logprobs - e.ref_logprobs
     stats = {
         "score": valid.mean() if len(valid) else torch.tensor(float("nan")),
         "score_std": valid.std(correction=0) if len(valid) else torch.tensor(float("nan")),

@@ -45,12 +45,13 @@ class FusedBlock:
 class Decoder:
     """``rows`` sequences of up to ``slots`` tokens each.
 
-    Frozen blocks are fused once and kept; :meth:`refresh` takes the current weights of the others.
+    Frozen blocks are fused once and kept; :meth:`refresh` takes the current weights of the others. Those that
+    an ``other`` decoder has fused already are taken over.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, other: Decoder | None = None) -> None:
         self.model = model
-        self._frozen: dict[int, FusedBlock] = {}
+        self._frozen: dict[int, FusedBlock] = {} if other is None else dict(other._frozen)
         self.refresh()
 
     def refresh(self) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
-from accord.nn.logprobs import log_softmax_logits
+from accord.nn.logprobs import Nucleus, log_softmax_logits
 from accord.rollout.decoder import Decoder
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling, draw, restrict, uniforms
+from accord.rollout.scoring import Guide
 from accord.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -43,12 +44,14 @@ class Engine:
         sampling: Sampling,
         keep_trunk: bool = False,
         on_progress: Progress | None = None,
+        guide: Guide | None = None,
     ) -> Rollout:
         """``per_prompt`` completions of each prompt, rows in the order of the prompts.
 
         Args:
             keep_trunk: store the activations at the policy's split for every token, so that scoring and
                 updates need not compute the trunk again.
+            guide: restricts every token to what another model finds likely.
 
         Raises:
             UserError: a prompt and its completion do not fit the model's context.
@@ -60,69 +63,79 @@ class Engine:
         luck = uniforms(sampling.seed, names, sampling.max_new_tokens).to(out.tokens.device)
         report = on_progress or (lambda done, tokens: None)
         if self._decoder is None:
+            if guide is not None:
+                raise UserError("A mask policy (nlpo) needs a model that accord computes itself; use ppo for this one.")
             for start in range(0, len(jobs), self.rows):
                 _decode_foreign(self.policy, out, range(start, min(start + self.rows, len(jobs))), luck, sampling, report)
         else:
             self._decoder.refresh()
-            self._decode(out, luck, sampling, report)
+            self._decode(out, luck, sampling, report, guide)
         texts = [self.policy.tokenizer.decode(out.response(row)) for row in range(len(jobs))]
         return out.rollout([prompts[p] for p, _ in jobs], [k for _, k in jobs], texts)
 
-    def _decode(self, out: _Output, luck: Tensor, sampling: Sampling, report: Progress) -> None:
-        decoder, device = self._decoder, out.tokens.device
-        assert decoder is not None
+    def _decode(self, out: _Output, luck: Tensor, sampling: Sampling, report: Progress, guide: Guide | None) -> None:
+        assert self._decoder is not None
+        decoders, device = [self._decoder], out.tokens.device
+        if guide is not None:
+            assert not isinstance(guide.model, ForeignModel)
+            decoders.append(Decoder(guide.model, self._decoder))
         queue = deque(range(len(out.jobs)))
         rows = min(self.rows, len(queue))
-        decoder.allocate(rows, out.tokens.shape[1])
+        for decoder in decoders:
+            decoder.allocate(rows, out.tokens.shape[1])
         job_of = torch.full((rows,), -1, device=device)  # -1: a free row
-        hidden = torch.zeros(rows, out.width, dtype=self.policy.model.compute_dtype, device=device)
+        hidden = [torch.zeros(rows, out.width, dtype=self.policy.model.compute_dtype, device=device) for _ in decoders]
         eos = torch.tensor(self.policy.tokenizer.eos_ids, device=device)
         while True:
             free = (job_of < 0).nonzero()[:, 0]
             if queue and (len(free) * 4 >= rows or len(free) == rows):
-                filled, job_ids = self._fill(out, [queue.popleft() for _ in range(min(len(free), len(queue)))], free, hidden)
+                filled, job_ids = _fill(decoders, out, [queue.popleft() for _ in range(min(len(free), len(queue)))], free, hidden)
                 job_of[filled] = job_ids
             elif len(free) == rows:
                 return
             elif len(free) * 4 >= rows:  # nothing left to fill them with: drop the empty rows
                 busy = (job_of >= 0).nonzero()[:, 0]
-                decoder.keep(busy)
-                job_of, hidden, rows = job_of[busy], hidden[busy], len(busy)
+                for decoder in decoders:
+                    decoder.keep(busy)
+                job_of, hidden, rows = job_of[busy], [h[busy] for h in hidden], len(busy)
             active = job_of >= 0
             job = job_of.clamp(min=0)
             count = out.counts[job]
-            logprobs, tokens = choose(hidden, decoder.matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling)
+            nucleus = None if guide is None else Nucleus(hidden[1], decoders[1].matrix, guide.top_p)
+            logprobs, tokens = choose(hidden[0], decoders[0].matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling, nucleus)
             position = out.lengths[job] + count
             done = torch.isin(tokens, eos)
             out.record(job[active], position[active], tokens[active], logprobs[active], done[active])
             # Finished rows read their last token too: scores and bootstrapped values look at it.
             position = torch.where(active, position, 0)
-            hidden, trunk = decoder.step(tokens, position, out.split, int(position.max()) + 1)
+            steps = [decoder.step(tokens, position, out.split, int(position.max()) + 1) for decoder in decoders]
+            hidden, trunk = [h for h, _ in steps], steps[0][1]
             if out.trunk is not None:
                 out.trunk[job[active], position[active]] = trunk[active]
             ended = active & (done | (count + 1 >= sampling.max_new_tokens))
             report(int(ended.sum()), int(active.sum()))
             job_of = torch.where(ended, -1, job_of)
 
-    def _fill(self, out: _Output, jobs: list[int], free: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the prompts of these jobs (each prompt once) into free rows."""
-        assert self._decoder is not None
-        job_ids = torch.tensor(jobs, device=free.device)
-        prompts = list(dict.fromkeys(out.jobs[j][0] for j in jobs))
-        source = torch.tensor([prompts.index(out.jobs[j][0]) for j in jobs], device=free.device)
-        first = torch.tensor([jobs[source.tolist().index(i)] for i in range(len(prompts))], device=free.device)
-        lengths, rows = out.lengths[first], free[: len(jobs)]
-        width = int(lengths.max())
-        last, trunk = self._decoder.prefill(out.tokens[first, :width], lengths, rows, source, out.split)
-        hidden[rows] = last[source]
-        if out.trunk is not None:
+
+def _fill(decoders: list[Decoder], out: _Output, jobs: list[int], free: Tensor, hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Read the prompts of these jobs (each prompt once) into free rows."""
+    job_ids = torch.tensor(jobs, device=free.device)
+    prompts = list(dict.fromkeys(out.jobs[j][0] for j in jobs))
+    source = torch.tensor([prompts.index(out.jobs[j][0]) for j in jobs], device=free.device)
+    first = torch.tensor([jobs[source.tolist().index(i)] for i in range(len(prompts))], device=free.device)
+    lengths, rows = out.lengths[first], free[: len(jobs)]
+    width = int(lengths.max())
+    for number, decoder in enumerate(decoders):
+        last, trunk = decoder.prefill(out.tokens[first, :width], lengths, rows, source, out.split)
+        hidden[number][rows] = last[source]
+        if number == 0 and out.trunk is not None:
             out.trunk[job_ids, :width] = trunk[source]
-        return rows, job_ids
+    return rows, job_ids
 
 
-def choose(hidden: Tensor, matrix: Tensor, luck: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def choose(hidden: Tensor, matrix: Tensor, luck: Tensor, sampling: Sampling, nucleus: Nucleus | None = None) -> tuple[Tensor, Tensor]:
     """Draw a token a row and give its log-probability under the distribution it was drawn from."""
-    logprobs = log_softmax_logits(hidden, matrix, sampling.temperature or 1.0)
+    logprobs = log_softmax_logits(hidden, matrix, sampling.temperature or 1.0, nucleus)
     if sampling.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:

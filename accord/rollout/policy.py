@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from accord.nn.transformer import Transformer
 from accord.nn.weights import build, merged_state, save_folder
 from accord.text.tokenizer import Tokenizer
 
+Module = TypeVar("Module", bound=nn.Module)
 ADAPTATIONS = ("split", "lora", "full")
 
 
@@ -108,6 +109,10 @@ class Policy:
             model = build(self.raw, merged_state(self.model), self.source, self.model.compute_dtype).to(self.device)
         return Policy(model, self.tokenizer, self.raw, self.source, model, trunk_layers=model.depth)
 
+    def snapshot(self) -> Model:
+        """The current weights as a model of its own; what does not train is shared, not copied."""
+        return snapshot_of(self.model)
+
     def _with(self, model: Model, adaptation: str, split: int, trunk_layers: int) -> Policy:
         model.compute_dtype = self.model.compute_dtype
         return Policy(model, self.tokenizer, self.raw, self.source, self.model, adaptation, split, trunk_layers)
@@ -142,6 +147,12 @@ def share_layers(start: Transformer, cut: int) -> Transformer:
     backbone._modules["norm"] = copy.deepcopy(start.model.norm).float().requires_grad_(cut < start.depth)
     model._modules["model"] = backbone
     return model
+
+
+def snapshot_of(module: Module) -> Module:
+    """A frozen copy that shares the parameters which do not train."""
+    memo: dict[int, object] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, memo).requires_grad_(False)
 
 
 def _shell(block: nn.Module) -> nn.Module:

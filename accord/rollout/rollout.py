@@ -55,6 +55,12 @@ class Rollout:
         return self.response_mask.sum(-1)
 
     @property
+    def group(self) -> Tensor:
+        """(B,) int64: equal for completions of the same prompt."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(p.id, len(numbers)) for p in self.prompts], device=self.tokens.device)
+
+    @property
     def last(self) -> Tensor:
         """(B,) int64: column of the last response token, where the score lands."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -68,7 +74,7 @@ class Rollout:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 changes[f.name] = value[rows] if value.ndim == 1 else value[rows, :width]
-            elif isinstance(value, list):
+            elif isinstance(value, list) and value:  # empty where only the tokens are known
                 changes[f.name] = [value[i] for i in rows.tolist()]
         return replace(self, **changes)  # type: ignore[arg-type]
 

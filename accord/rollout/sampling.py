@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accord.errors import UserError
+from accord.nn.logprobs import nucleus_set
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ def restrict(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
         floor = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < floor, -torch.inf)
     if top_p < 1:
-        ordered, order = torch.log_softmax(logprobs, -1).sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-        logprobs = torch.full_like(logprobs, -torch.inf).scatter(-1, order, ordered)
+        logprobs = torch.log_softmax(logprobs, -1)
+        logprobs = logprobs.masked_fill(~nucleus_set(logprobs, top_p), -torch.inf)
     return torch.log_softmax(logprobs, -1)
 
 

@@ -3,6 +3,7 @@ reference, old log-probabilities and the update."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model
-from accord.nn.logprobs import exact_kl, token_stats
+from accord.nn.logprobs import Nucleus, exact_kl, token_stats
 from accord.nn.transformer import Transformer
 from accord.rollout.rollout import Rollout, micro_batches
 
@@ -36,29 +37,72 @@ def final_hidden(model: Model, rollout: Rollout, split: int) -> Tensor:
     return model.upper(model.lower(rollout.tokens, geometry, 0), geometry, 0)
 
 
-def score_rows(model: Model, rollout: Rollout, split: int, temperature: float) -> Scored:
+def states_of(model: Model, rollout: Rollout, split: int) -> Tensor:
+    """(N,D): the hidden state before each of the N response tokens, row after row."""
+    return final_hidden(model, rollout, split)[:, :-1][rollout.response_mask[:, 1:]]
+
+
+def spread(values: Tensor, rollout: Rollout) -> Tensor:
+    """(N,) values of the response tokens put back to their places, (B,T), 0 elsewhere."""
+    chosen = rollout.response_mask
+    return torch.zeros(chosen.shape, device=chosen.device, dtype=values.dtype).masked_scatter(chosen, values)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Restricts a policy to the tokens that another model finds likely: its smallest set of mass ``top_p``.
+
+    Attributes:
+        model, split: that model, and where its trunk is shared with the policy's.
+    """
+
+    model: Model
+    split: int
+    top_p: float
+
+    @torch.no_grad()
+    def nucleus(self, rollout: Rollout) -> Nucleus:
+        return Nucleus(states_of(self.model, rollout, self.split), self.model.output_matrix, self.top_p)
+
+
+def score_states(model: Model, rollout: Rollout, states: Tensor, temperature: float, nucleus: Nucleus | None = None) -> Scored:
     """Log-probability and entropy at every response token, of the distribution before it. Differentiable.
 
     ``temperature`` is the one the tokens were sampled at: the policy *is* the tempered distribution.
     """
-    hidden = final_hidden(model, rollout, split)
-    chosen = rollout.response_mask
-    # The state before token t is the hidden state at column t - 1.
-    states = hidden[:, :-1][chosen[:, 1:]]
-    stats = token_stats(states, model.output_matrix, rollout.tokens[chosen], temperature)
-    empty = torch.zeros(chosen.shape, device=chosen.device)
-    return Scored(empty.masked_scatter(chosen, stats.logprobs), empty.masked_scatter(chosen, stats.entropy))
+    stats = token_stats(states, model.output_matrix, rollout.tokens[rollout.response_mask], temperature, nucleus)
+    return Scored(spread(stats.logprobs, rollout), spread(stats.entropy, rollout))
+
+
+def score_rows(model: Model, rollout: Rollout, split: int, temperature: float, guide: Guide | None = None) -> Scored:
+    """:func:`score_states` from the tokens."""
+    nucleus = None if guide is None else guide.nucleus(rollout)
+    return score_states(model, rollout, states_of(model, rollout, split), temperature, nucleus)
 
 
 @torch.no_grad()
-def score(model: Model, rollout: Rollout, split: int, temperature: float, token_budget: int) -> Scored:
+def score(model: Model, rollout: Rollout, split: int, temperature: float, token_budget: int, guide: Guide | None = None) -> Scored:
     """:func:`score_rows` of all rows, in micro-batches of at most ``token_budget`` padded tokens."""
     out = [torch.zeros(rollout.tokens.shape, device=rollout.tokens.device) for _ in Scored._fields]
     for rows in micro_batches(rollout.lengths, token_budget):
         part = rollout.select(rows)
-        for whole, piece in zip(out, score_rows(model, part, split, temperature), strict=True):
+        for whole, piece in zip(out, score_rows(model, part, split, temperature, guide), strict=True):
             whole[rows, : piece.shape[1]] = piece
     return Scored(*out)
+
+
+def kl_rows(
+    model: Model, rollout: Rollout, states: Tensor, other: Model, other_split: int, temperature: float, reverse: bool = False
+) -> Tensor:
+    """KL[model || other] over the whole vocabulary at each response token, (B,T) nats; ``reverse`` is KL[other || model].
+
+    Differentiable in ``states`` (the model's own) and the model's output matrix, not in the other model.
+    """
+    with torch.no_grad():
+        theirs = states_of(other, rollout, other_split)
+    mine = (states, model.output_matrix)
+    first, second = (mine, (theirs, other.output_matrix.detach()))[:: -1 if reverse else 1]
+    return spread(exact_kl(*first, *second, temperature), rollout)
 
 
 @torch.no_grad()
@@ -67,9 +111,6 @@ def kl_between(model: Model, other: Model, rollout: Rollout, split: int, other_s
     out = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
     for rows in micro_batches(rollout.lengths, token_budget):
         part = rollout.select(rows)
-        chosen = part.response_mask
-        mine = final_hidden(model, part, split)[:, :-1][chosen[:, 1:]]
-        theirs = final_hidden(other, part, other_split)[:, :-1][chosen[:, 1:]]
-        kl = exact_kl(mine, model.output_matrix, theirs, other.output_matrix, temperature)
-        out[rows, : part.tokens.shape[1]] = torch.zeros(part.tokens.shape, device=out.device).masked_scatter(chosen, kl)
+        kl = kl_rows(model, part, states_of(model, part, split), other, other_split, temperature)
+        out[rows, : part.tokens.shape[1]] = kl.to(out.dtype)
     return out

@@ -1,0 +1,50 @@
+"""Natural language policy optimization (Ramamurthy et al. 2022, algorithm 1): PPO over a learned set of tokens.
+
+Every token is drawn from the policy restricted to the top-p set of a *mask policy*, which is the policy as it
+was some steps ago. Old and new log-probabilities in the ratio are those of the restricted policy; the KL to the
+reference is that of the unrestricted one, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from accord.reward.model import ScalarModel
+from accord.rl.algorithms.ppo import PPO
+from accord.rl.experience import Experience
+from accord.rl.optimize import Optimizer
+from accord.rl.settings import RLSettings
+from accord.rollout.policy import Policy
+from accord.rollout.scoring import Guide
+
+
+class NLPO(PPO):
+    """PPO with a mask policy that follows every ``mask_every`` steps."""
+
+    def __init__(self, settings: RLSettings, policy: Policy, critic: ScalarModel | None) -> None:
+        super().__init__(settings, policy, critic)
+        self._split = policy.split
+        self._trained = list(policy.trainable())
+        self._mask = policy.snapshot()
+
+    def guide(self) -> Guide:
+        return Guide(self._mask, self._split, self.settings.mask_top_p)
+
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+        stats = super().update(policy, critic, optimizer, e, step)
+        if (step + 1) % self.settings.mask_every == 0:
+            self._mask = policy.snapshot()
+        return stats
+
+    def tensors(self) -> dict[str, Tensor]:
+        mine = dict(self._mask.named_parameters())
+        return {f"mask/{name}": mine[name].detach() for name in self._trained}
+
+    def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        super().restore(tensors, about)
+        mine = dict(self._mask.named_parameters())
+        for name in self._trained:
+            mine[name].data.copy_(tensors[f"mask/{name}"])

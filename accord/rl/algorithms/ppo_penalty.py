@@ -1,0 +1,68 @@
+"""PPO with an adaptive penalty on KL[old, new] instead of the clip (Schulman et al. 2017, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from accord.nn.loading import Model
+from accord.reward.model import ScalarModel
+from accord.rl.algorithms.base import Algorithm, step_sizes
+from accord.rl.experience import Experience
+from accord.rl.masked import masked_mean
+from accord.rl.objective import ratio_surrogate
+from accord.rl.optimize import Optimizer
+from accord.rl.settings import RLSettings
+from accord.rollout.policy import Policy
+from accord.rollout.scoring import Scored, kl_between, kl_rows
+
+
+class PPOPenalty(Algorithm):
+    """J_KLPEN = E_t[r_t A_t - beta KL[pi_old(.|s_t), pi(.|s_t)]] (eq. 8), KL over the whole vocabulary.
+
+    After each rollout's updates: beta / 2 if the KL is below penalty_target / 1.5, beta * 2 if above 1.5 of it.
+    """
+
+    def __init__(self, settings: RLSettings, policy: Policy, critic: ScalarModel | None) -> None:
+        super().__init__(settings, policy, critic)
+        self.beta = settings.penalty_beta
+
+    def old_model(self, policy: Policy) -> Model:
+        return policy.snapshot()
+
+    def surrogate(self, scored: Scored, rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        objective = ratio_surrogate(scored.logprobs, rows.old_logprobs, rows.advantages, rows.mask, count)
+        return objective, step_sizes(scored.logprobs - rows.old_logprobs, rows.mask, count)
+
+    def penalty(self, policy: Policy, rows: Experience, states: Tensor, scored: Scored, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert rows.old_model is not None
+        other, named = super().penalty(policy, rows, states, scored, count)
+        kl = kl_rows(policy.model, rows.rollout, states, rows.old_model, policy.split, self.settings.temperature, reverse=True)
+        mean = masked_mean(kl, rows.mask, count)
+        return other + self.beta * mean, {**named, "objective/kl_old_new": mean}
+
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+        assert e.old_model is not None
+        stats = super().update(policy, critic, optimizer, e, step)
+        s = self.settings
+        kl = kl_between(e.old_model, policy.model, e.rollout, policy.split, policy.split, s.temperature, s.micro_batch_tokens)
+        moved = float(masked_mean(kl, e.mask)) if bool(e.mask.any()) else 0.0
+        stats |= {"penalty_beta": self.beta, "kl_old_new": moved}
+        self.beta = adapted(self.beta, moved, s.penalty_target)
+        return stats
+
+    def about(self) -> dict[str, Any]:
+        return {**super().about(), "beta": self.beta}
+
+    def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        super().restore(tensors, about)
+        self.beta = float(about["beta"])
+
+
+def adapted(beta: float, kl: float, target: float) -> float:
+    """The rule of the paper's section 4."""
+    if kl < target / 1.5:
+        return beta / 2
+    return beta * 2 if kl > target * 1.5 else beta

@@ -1,0 +1,81 @@
+"""Which algorithms there are, what each needs, and where its defaults differ from PPO's.
+
+Adding one takes a file and an entry here (docs/algorithms.md shows how).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ADVANTAGES = {
+    "gae": "generalised advantage estimation with a critic",
+    "leave_one_out": "score minus the mean of the prompt's other completions",
+    "group": "score normalised among the prompt's completions",
+    "monte_carlo": "discounted return minus a moving average",
+}
+"""What an action can be judged by in a policy gradient."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An algorithm's entry.
+
+    Attributes:
+        where: ``module:Class``, imported when used.
+        summary: one line for people.
+        advantages: what may form its advantages; the first is its default.
+        ratio: whether its loss corrects for the policy that sampled, so that a rollout serves several
+            optimizer steps. Without, more than one would learn from another policy's samples.
+        kl_in_loss: whether the penalty may stand in the loss instead of the rewards.
+        defaults: settings whose default is another than PPO's.
+    """
+
+    where: str
+    summary: str
+    advantages: tuple[str, ...]
+    ratio: bool = True
+    kl_in_loss: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+ONE_STEP = {"epochs": 1, "minibatches": 1}
+HERE = "accord.rl.algorithms"
+
+ALGORITHMS: dict[str, Spec] = {
+    "ppo": Spec(
+        f"{HERE}.ppo:PPO", "clipped ratio, several passes over each rollout (Schulman et al. 2017)", tuple(ADVANTAGES)
+    ),
+    "ppo-penalty": Spec(
+        f"{HERE}.ppo_penalty:PPOPenalty", "no clip; an adaptive penalty on KL[old, new] (Schulman et al. 2017, sec. 4)", tuple(ADVANTAGES)
+    ),
+    "reinforce": Spec(
+        f"{HERE}.reinforce:Reinforce", "policy gradient with a moving-average baseline (Williams 1992)", ("monte_carlo", "leave_one_out", "group"),
+        ratio=False, defaults={**ONE_STEP, "whiten_advantages": False},
+    ),
+    "rloo": Spec(
+        f"{HERE}.reinforce:Reinforce", "policy gradient, leave-one-out baseline (Ahmadian et al. 2024)", ("leave_one_out",),
+        ratio=False, defaults={**ONE_STEP, "whiten_advantages": False, "completions_per_prompt": 4, "prompts_per_step": 16},
+    ),
+    "grpo": Spec(
+        f"{HERE}.ppo:PPO", "clipped ratio, group-normalised scores, KL in the loss (Shao et al. 2024)", ("group", "leave_one_out"),
+        defaults={"whiten_advantages": False, "completions_per_prompt": 4, "prompts_per_step": 16, "kl_in": "loss", "kl_estimator": "k3",
+                  "epochs": 1, "minibatches": 2},
+    ),
+    "a2c": Spec(
+        f"{HERE}.reinforce:Reinforce", "advantage actor-critic, one step a rollout (Mnih et al. 2016)", ("gae",),
+        ratio=False, defaults=ONE_STEP,
+    ),
+    "trpo": Spec(
+        f"{HERE}.trpo:TRPO", "natural gradient with a KL limit and line search (Schulman et al. 2015)", tuple(ADVANTAGES),
+        kl_in_loss=False, defaults=ONE_STEP,
+    ),
+    "nlpo": Spec(
+        f"{HERE}.nlpo:NLPO", "PPO over the top-p set of a lagged mask policy (Ramamurthy et al. 2022)", tuple(ADVANTAGES)
+    ),
+    "dqn": Spec(
+        f"{HERE}.dqn:DQN", "token-level Q-learning: replay, target network, double Q (Mnih et al. 2015)", ("n_step",),
+        kl_in_loss=False, defaults={"minibatches": 4, "whiten_advantages": False},
+    ),
+}  # fmt: skip

@@ -1,0 +1,498 @@
+"""Every algorithm's advantages, loss and gradient against a float64 oracle; then each in the real loop."""
+
+import json
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from tabular import B, T, Table, V, World
+
+from accord.errors import UserError
+from accord.nn.logprobs import Nucleus, exact_kl, nucleus_set, token_stats
+from accord.reward.sources import build_reward
+from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go
+from accord.rl.algorithms import make_algorithm
+from accord.rl.algorithms.ppo_penalty import adapted
+from accord.rl.algorithms.trpo import TRPO, conjugate_gradient, fisher_vector_product
+from accord.rl.registry import ALGORITHMS
+from accord.rl.settings import RLSettings
+from accord.rl.trainer import train
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+from accord.rollout.scoring import Guide, score
+from accord.runs import Run
+
+WORLD = dict(
+    temperature=0.8, entropy_coef=0.07, value_coef=0.6, value_clip=0.3, clip_epsilon=0.2, truncation="penalize", truncation_penalty=0.7,
+    gamma=0.9, gae_lambda=0.8, completions_per_prompt=3, prompts_per_step=2, epochs=1, minibatches=1, micro_batch_tokens=30, q_scale=0.3,
+)  # fmt: skip
+t = torch.tensor
+
+
+def world(algorithm, seed=0, **changes):
+    settings = RLSettings(**{**WORLD, "algorithm": algorithm, **changes})
+    w = World(seed, settings)
+    return w, make_algorithm(settings, w.policy, w.critic)
+
+
+# Advantages.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_advantages_equal_the_oracle(seed):
+    rng = np.random.default_rng(seed)
+    w, _ = world("ppo", seed)
+    rewards, bootstrap = rng.normal(size=(2, B, T)) * w.mask
+    mask = t(w.mask)
+    togo = returns_to_go(t(rewards), mask, 0.9).numpy()
+    steps = n_step_targets(t(rewards), t(bootstrap), mask, 0.9, 3).numpy()
+    for row in range(B):
+        m = w.mask[row]
+        np.testing.assert_allclose(togo[row, m], oracle.returns_to_go(rewards[row, m], 0.9), rtol=1e-10)
+        np.testing.assert_allclose(steps[row, m], oracle.n_step(rewards[row, m], bootstrap[row, m], 0.9, 3), rtol=1e-10)
+        assert not togo[row, ~m].any() and not steps[row, ~m].any()
+    totals, group = rng.normal(size=7), np.array([0, 1, 0, 2, 1, 0, 1])  # of any order; prompt 2 has one completion
+    valid = np.array([1, 1, 1, 1, 0, 1, 1], dtype=bool)
+    for form, expected in ((leave_one_out, oracle.leave_one_out), (group_normalised, oracle.group_normalised)):
+        got = form(t(totals), t(group), t(valid)).numpy()
+        for g in range(3):
+            rows = (group == g) & valid
+            np.testing.assert_allclose(got[rows], expected(totals[rows]), rtol=1e-9)
+        assert got[4] == 0
+
+
+def test_leave_one_out_by_hand():
+    # 3, 1, 2: 3 - 1.5, 1 - 2.5, 2 - 2
+    got = leave_one_out(t([3.0, 1.0, 2.0]), t([0, 0, 0]), t([True] * 3))
+    assert got.tolist() == [1.5, -1.5, 0.0]
+
+
+def test_the_moving_baseline_lags():
+    """The first baseline is the first mean; later ones know only the rollouts before."""
+    w, algorithm = world("reinforce", truncation="nothing", kl_coef=0.0)
+    e = w.experience()
+    first = float(e.scores[e.valid].mean())
+    got = algorithm.advantages(e, 0.0)
+    column = np.flatnonzero(w.mask[1])[-1]
+    assert float(got.advantages[1, column]) == pytest.approx(float(e.scores[1]) - first)
+    e.scores = e.scores + 10
+    got = algorithm.advantages(e, 0.0)
+    assert float(got.advantages[1, column]) == pytest.approx(float(e.scores[1]) - first)
+    assert algorithm.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
+
+
+def expected_advantages(w):
+    """From scores to advantages in NumPy: rewards, then the settings' form of advantage, whitened if asked for."""
+    s = w.settings
+    old, ref = w.picked(w.logp(w.old)), w.picked(w.logp(w.reference))
+    d = old - ref
+    kl = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d, "full": d}[s.kl_estimator]  # "full" stands in the loss here
+    advantages, returns, totals = np.zeros((B, T)), np.zeros((B, T)), np.zeros(B)
+    for row in range(B):
+        m = w.used[row]
+        if not m.any():
+            continue
+        rewards = -(w.kl_coef if s.kl_in == "reward" else 0.0) * kl[row, m]
+        rewards[-1] += w.scores[row] - (0 if w.finished[row] else s.truncation_penalty)
+        totals[row] = rewards.sum()
+        if s.advantage == "gae":
+            values = w.values[row, m]
+            advantages[row, m] = oracle.gae(rewards, values, s.gamma, s.gae_lambda)
+            returns[row, m] = advantages[row, m] + values
+        else:
+            returns[row, m] = oracle.returns_to_go(rewards, s.gamma)
+    if s.advantage == "monte_carlo":
+        advantages = np.where(w.used, returns - totals[w.valid].mean(), 0.0)
+    if s.advantage in ("leave_one_out", "group"):
+        form = oracle.leave_one_out if s.advantage == "leave_one_out" else oracle.group_normalised
+        for g in range(2):
+            rows = [r for r in range(3 * g, 3 * g + 3) if w.valid[r]]
+            advantages[rows] = form(totals[rows])[:, None] * w.used[rows]
+    if s.whiten_advantages:
+        flat = advantages[w.used]
+        advantages = np.where(w.used, (advantages - flat.mean()) / (flat.std() + 1e-8), 0.0)
+    return advantages, returns
+
+
+def expected_loss(w, advantages, returns, surrogate, guide=None, beta=0.0):
+    """-(surrogate - c1 L_VF + c2 S - KL terms), from the current tables."""
+    s, used = w.settings, w.used
+    logp = w.logp(w.model)
+    restricted = logp
+    if guide is not None:
+        restricted = restrict(w, logp, guide, s.mask_top_p)
+    mine, old = w.picked(restricted)[used], w.picked(w.old_restricted if guide is not None else w.logp(w.old))[used]
+    objective = surrogate(mine, old, advantages[used])
+    entropies = np.array([oracle.entropy(row[np.isfinite(row)]) for row in restricted[used]])
+    objective += s.entropy_coef * entropies.mean()
+    if w.critic is not None:
+        objective -= s.value_coef * oracle.value_loss(w.value()[used], returns[used], w.values[used], s.value_clip)
+    if s.kl_in == "loss":
+        d = mine - w.picked(w.logp(w.reference))[used]
+        exact = oracle.kl(logp[used], w.logp(w.reference)[used])
+        objective -= w.kl_coef * {"k2": d**2 / 2, "k3": np.exp(-d) - 1 + d, "full": exact}[s.kl_estimator].mean()
+    if beta:
+        objective -= beta * oracle.kl(w.logp(w.old)[used], logp[used]).mean()
+    return -objective
+
+
+def restrict(w, logp, guide, top_p):
+    """Renormalised over the mask policy's nucleus (and the token that was chosen)."""
+    theirs, out = w.logp(guide), np.full_like(logp, -np.inf)
+    for row, column in zip(*np.nonzero(w.mask), strict=True):
+        allowed = oracle.nucleus(theirs[row, column], top_p)
+        allowed[w.tokens[row, column]] = True
+        out[row, column, allowed] = oracle.log_softmax(logp[row, column, allowed])
+    return out
+
+
+SURROGATES = {
+    "clip": lambda mine, old, a: oracle.clipped(mine, old, a, 0.2),
+    "ratio": lambda mine, old, a: np.mean(np.exp(mine - old) * a),
+    "gradient": lambda mine, old, a: np.mean(mine * a),
+}
+CASES = {
+    "ppo": ("clip", {}),
+    "ppo, monte carlo": ("clip", {"advantage": "monte_carlo"}),
+    "ppo, leave one out, full kl in the loss": ("clip", {"advantage": "leave_one_out", "kl_in": "loss", "kl_estimator": "full"}),
+    "ppo, k2 in the loss": ("clip", {"kl_in": "loss", "kl_estimator": "k2"}),
+    "ppo, k3 in the reward": ("clip", {"kl_estimator": "k3"}),
+    "grpo": ("clip", {}),
+    "ppo-penalty": ("ratio", {"penalty_beta": 0.9}),
+    "reinforce": ("gradient", {}),
+    "rloo": ("gradient", {}),
+    "a2c": ("gradient", {}),
+    "nlpo": ("clip", {"mask_top_p": 0.7}),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_the_oracle(case, seed):
+    name = case.split(",")[0]
+    kind, changes = CASES[case]
+    w, algorithm = world(name, seed, **changes)
+    guide, restricted = None, None
+    if name == "nlpo":
+        guide = w.other
+        w.old_restricted = restrict(w, w.logp(w.old), guide, w.settings.mask_top_p)
+        restricted = w.picked(w.old_restricted)
+    e = w.experience(None if guide is None else Guide(guide, 0, w.settings.mask_top_p), restricted)
+    if guide is not None:  # the KL speaks of the policy without its mask
+        e.raw_logprobs = torch.where(t(w.mask), t(w.picked(w.logp(w.old))), 0.0)
+        e.kl = e.raw_logprobs - e.ref_logprobs
+    e = algorithm.advantages(e, w.kl_coef)
+    advantages, returns = expected_advantages(w)
+    np.testing.assert_allclose(e.advantages.numpy(), advantages, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(e.returns.numpy()[w.used], returns[w.used], rtol=1e-8)
+
+    def loss():
+        return expected_loss(w, advantages, returns, SURROGATES[kind], guide, changes.get("penalty_beta", 0.0))
+
+    got, _ = algorithm.loss(w.policy, w.critic, e, e.mask.sum())
+    assert float(got.detach()) == pytest.approx(loss(), rel=1e-8)
+    got.backward()
+    gradient = np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.numpy().ravel() for p in w.parameters()])
+    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-5, atol=1e-8)  # 1e-8: rounding of the differences
+    assert np.abs(gradient).max() > 1e-3
+
+
+def test_more_padding_another_order_and_smaller_batches_change_nothing():
+    for name in ("ppo", "grpo", "ppo-penalty", "reinforce"):
+        w, algorithm = world(name)
+        e = algorithm.advantages(w.experience(), 0.1)
+        whole, _ = algorithm.loss(w.policy, w.critic, e, e.mask.sum())
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        parts = [algorithm.loss(w.policy, w.critic, e.select(rows), e.mask.sum())[0] for rows in order.split(2)]
+        assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-10)
+        _, fresh = world(name)
+        again = fresh.advantages(w.experience().select(order), 0.1)
+        width = again.mask.shape[1]
+        torch.testing.assert_close(again.advantages, e.advantages[order][:, :width], rtol=1e-10, atol=1e-12)
+
+
+def test_an_episode_in_two_turns_is_the_same_as_in_one():
+    """Tokens that an environment wrote between are stepped over, whatever stands on them."""
+    rng = np.random.default_rng(0)
+    rewards, values = t(rng.normal(size=(1, 5))), t(rng.normal(size=(1, 5)))
+    apart = torch.tensor([[True, True, False, False, True, True, True]])
+    from accord.rl.advantages import gae
+
+    def open_up(x):
+        return torch.full((1, 7), 9.0, dtype=torch.float64).masked_scatter(apart, x)
+
+    together = torch.ones(1, 5, dtype=torch.bool)
+    for form in (
+        lambda r, v, m: gae(r, v, m, 0.9, 0.8).advantages,
+        lambda r, v, m: returns_to_go(r, m, 0.9),
+        lambda r, v, m: n_step_targets(r, v, m, 0.9, 2),
+    ):
+        torch.testing.assert_close(form(open_up(rewards), open_up(values), apart)[apart], form(rewards, values, together)[0])
+
+
+# The pieces.
+
+
+def test_exact_kl_gradient_is_autograd_s(monkeypatch):
+    monkeypatch.setattr("accord.nn.logprobs.CHUNK", 3)
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (8, 13, 8, 13)]
+    weights, grads = torch.randn(8, generator=g, dtype=torch.float64), []
+    for plain in (True, False):
+        h, w, o, m = (x.clone().requires_grad_() for x in tensors)
+        if plain:
+            p, q = torch.log_softmax(h @ w.t() / 0.7, -1), torch.log_softmax(o @ m.t() / 0.7, -1)
+            kl = (p.exp() * (p - q)).sum(-1)
+        else:
+            kl = exact_kl(h, w, o, m, 0.7)
+        (kl * weights).sum().backward()
+        grads.append([kl.detach(), *(x.grad for x in (h, w, o, m))])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_nucleus_is_the_smallest_set():
+    logp = t(np.log([[0.5, 0.25, 0.15, 0.1]]))
+    assert nucleus_set(logp, 0.7).tolist() == [[True, True, False, False]]
+    assert nucleus_set(logp, 0.76).tolist() == [[True, True, True, False]]
+    assert nucleus_set(logp, 0.3).tolist() == [[True, False, False, False]]
+    assert nucleus_set(logp, 1.0).all()
+
+
+def test_token_stats_in_a_nucleus(monkeypatch):
+    """Values and gradient of the restricted distribution, in chunks, against plain autograd."""
+    monkeypatch.setattr("accord.nn.logprobs.CHUNK", 3)
+    g = torch.Generator().manual_seed(0)
+    hidden, guide = (torch.randn(8, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    matrix = torch.randn(13, 5, generator=g, dtype=torch.float64)
+    tokens, grads = torch.randint(0, 13, (8,), generator=g), []
+    allowed = nucleus_set(torch.log_softmax(guide @ matrix.t() / 0.7, -1), 0.6).scatter(-1, tokens[:, None], True)
+    assert 0.1 < allowed.double().mean() < 0.9
+    for plain in (True, False):
+        h = hidden.clone().requires_grad_()
+        if plain:
+            logp = torch.log_softmax((h @ matrix.t() / 0.7).masked_fill(~allowed, -torch.inf), -1)
+            picked = logp.gather(-1, tokens[:, None])[:, 0]
+            entropy = -(logp.exp() * logp.masked_fill(~allowed, 0.0)).sum(-1)
+        else:
+            picked, entropy = token_stats(h, matrix, tokens, 0.7, Nucleus(guide, matrix, 0.6))
+        (picked.sum() + 2 * entropy.sum()).backward()
+        grads.append((picked.detach(), entropy.detach(), h.grad))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_penalty_s_rule_by_hand():
+    assert adapted(1.0, 0.005, 0.01) == 0.5  # below 0.01 / 1.5
+    assert adapted(1.0, 0.016, 0.01) == 2.0  # above 0.015
+    assert adapted(1.0, 0.01, 0.01) == 1.0
+
+
+# TRPO.
+
+
+def plain_logits(w, vector):
+    """Logits / temperature of all used tokens as a function of one parameter vector, in plain torch."""
+    shapes = [p.shape for p in w.model.parameters()]
+    pieces = vector.split([s.numel() for s in shapes])
+    by_token, by_column, matrix = (x.view(s) for x, s in zip(pieces, shapes, strict=True))
+    hidden = by_token[t(w.tokens)] + by_column[torch.arange(T)]
+    logits = hidden @ matrix.t() / w.settings.temperature
+    return torch.log_softmax(logits[:, :-1][t(w.used)[:, 1:]], -1)
+
+
+def test_fisher_vector_product_equals_the_explicit_matrix():
+    """F from its definition, sum over tokens a of p(a) grad log p(a) grad log p(a)^T, and as the Hessian of the KL."""
+    w, _ = world("trpo")
+    e = w.experience()
+    theta = torch.cat([p.detach().reshape(-1) for p in w.model.parameters()])
+    logp = plain_logits(w, theta)
+    jacobian = torch.autograd.functional.jacobian(lambda v: plain_logits(w, v), theta)
+    fisher = torch.einsum("nv,nvi,nvj->ij", logp.exp(), jacobian, jacobian) / len(logp)
+    hessian = torch.autograd.functional.hessian(lambda v: (logp.exp() * (logp - plain_logits(w, v))).sum(-1).mean(), theta)
+    torch.testing.assert_close(fisher, hessian, rtol=1e-8, atol=1e-10)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        v = torch.randn(len(theta), generator=g, dtype=torch.float64)
+        got = fisher_vector_product(w.policy, e, v, w.settings.temperature, 30)
+        torch.testing.assert_close(got, fisher @ v, rtol=1e-8, atol=1e-10)
+    w.model.matrix.requires_grad_(False)  # a frozen output matrix, as in split and LoRA
+    w.policy.trainable = lambda: {n: p for n, p in w.model.named_parameters() if p.requires_grad}
+    n = w.model.by_token.numel() + w.model.by_column.numel()
+    v = torch.randn(n, generator=g, dtype=torch.float64)
+    got = fisher_vector_product(w.policy, e, v, w.settings.temperature, 30)
+    torch.testing.assert_close(got, fisher[:n, :n] @ v, rtol=1e-8, atol=1e-10)
+
+
+def test_conjugate_gradient_solves():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    a, b = a @ a.t() + torch.eye(6), torch.randn(6, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(conjugate_gradient(lambda v: a @ v, b, 6, 0.0), torch.linalg.solve(a, b), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.01, 0.2])
+def test_trpo_step_keeps_its_limit_and_improves(delta):
+    w, algorithm = world("trpo", trust_region=delta, cg_damping=1e-6, cg_iterations=60)
+    assert isinstance(algorithm, TRPO)
+    w.old.load_state_dict(w.model.state_dict())  # the policy that sampled is the policy
+    e = algorithm.advantages(w.experience(), 0.1)
+    before, gradient = algorithm.objective(w.policy, e, gradient=True)
+    np.testing.assert_allclose(
+        gradient.numpy(),
+        -np.concatenate([p.ravel() for p in np.split(w.finite_differences(lambda: -surrogate_value(w, e)), [0])])[: len(gradient)],
+        rtol=1e-5, atol=1e-8,
+    )  # fmt: skip
+    stats = algorithm.policy_step(w.policy, e)
+    kl = oracle.kl(w.logp(w.old)[w.used], w.logp(w.model)[w.used]).mean()
+    assert stats["accepted"] == 1 and 0 < kl <= delta
+    assert stats["kl_old_new"] == pytest.approx(kl, rel=1e-5)
+    assert surrogate_value(w, e) > before
+    if delta <= 0.01:  # where the quadratic model holds, the step uses the limit
+        assert kl > 0.5 * delta * 0.5 ** (2 * stats["line_search"])
+
+
+def surrogate_value(w, e):
+    logp = w.logp(w.model)
+    ratio = np.exp(w.picked(logp)[w.used] - e.old_logprobs.numpy()[w.used])
+    return np.mean(ratio * e.advantages.numpy()[w.used]) + w.settings.entropy_coef * oracle.entropy(logp[w.used]).mean()
+
+
+# DQN.
+
+
+def test_dqn_targets_loss_and_gradient_equal_the_oracle():
+    w, algorithm = world("dqn", n_step=2)
+    target, critic = Table(9), type(w.critic)(9)
+    algorithm.target = (target, critic)
+    e = algorithm.advantages(w.experience(), w.kl_coef)
+    e = algorithm.with_targets(w.policy, e)
+    s = w.settings
+
+    def logits(model):
+        p = {n: x.detach().numpy() for n, x in model.named_parameters()}
+        z = (p["by_token"][w.tokens] + p["by_column"][np.arange(T)]) @ p["matrix"].T / s.temperature
+        return np.concatenate((np.zeros((B, 1, V)), z[:, :-1]), axis=1)
+
+    online, theirs = logits(w.model), logits(target)
+    mine_critic, w.critic = w.critic, critic
+    value = w.value()
+    w.critic = mine_critic
+    double = value + s.q_scale * (np.take_along_axis(theirs, online.argmax(-1)[..., None], -1)[..., 0] - theirs.max(-1))
+    returns = np.zeros((B, T))
+    for row in range(B):
+        m = w.used[row]
+        if m.any():
+            returns[row, m] = oracle.n_step(e.rewards.numpy()[row, m], double[row, m], s.gamma, 2)
+    np.testing.assert_allclose(e.returns.numpy()[w.used], returns[w.used], rtol=1e-6)
+
+    def loss():
+        z = logits(w.model)
+        q = w.value() + s.q_scale * (w.picked(z) - z.max(-1))
+        return 0.5 * np.mean((q - e.returns.numpy())[w.used] ** 2)
+
+    got, _ = algorithm.td_loss(w.policy, w.critic, e, e.mask.sum())
+    assert float(got.detach()) == pytest.approx(loss(), rel=1e-6)
+    got.backward()
+    gradient = np.concatenate([p.grad.numpy().ravel() for p in w.parameters()])
+    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-4, atol=1e-7)
+
+
+# What does not go together is refused, with the reason.
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"algorithm": "pop"}, "there is no 'pop'.*Did you mean 'ppo'"),
+        ({"algorithm": "reinforce", "epochs": 2}, "no ratio between new and old policy"),
+        ({"algorithm": "reinforce", "advantage": "gae"}, "is a2c"),
+        ({"algorithm": "rloo", "advantage": "gae"}, "takes its advantages from leave_one_out"),
+        ({"algorithm": "grpo", "completions_per_prompt": 1}, "completions_per_prompt must be 2 or more"),
+        ({"algorithm": "ppo", "kl_in": "loss"}, "k1 in the loss does nothing"),
+        ({"algorithm": "trpo", "kl_in": "loss", "kl_estimator": "k3"}, "no place for the KL in its loss"),
+        ({"algorithm": "rloo", "truncation": "bootstrap"}, "needs a critic"),
+    ],
+)
+def test_combinations_that_make_no_sense(given, reason):
+    from accord.config import build
+
+    with pytest.raises(UserError, match=reason):
+        build(RLSettings, given, "rl")
+
+
+def test_each_algorithm_has_its_own_defaults():
+    assert RLSettings(algorithm="grpo").kl_estimator == "k3" and RLSettings(algorithm="grpo").advantage == "group"
+    assert RLSettings(algorithm="a2c").epochs == 1 and RLSettings().epochs == 2
+    assert RLSettings(algorithm="rloo", completions_per_prompt=8).completions_per_prompt == 8
+    again = RLSettings(**RLSettings(algorithm="grpo").model_dump())
+    assert again == RLSettings(algorithm="grpo")
+
+
+# The real loop.
+
+SMALL = dict(
+    prompts_per_step=4, completions_per_prompt=2, max_new_tokens=8, top_layers=2, temperature=0.9, micro_batch_tokens=64,
+    learning_rate=1e-3, critic_learning_rate=1e-3, max_steps=4, validate_every=2, checkpoint_every=2, dtype="float32",
+    truncation="nothing", mask_every=2, target_every=2, replay_steps=2,
+)  # fmt: skip
+
+
+def letters(prompts, completions):
+    return [sum(c.isalpha() for c in text) / 4 for text in completions]
+
+
+def test_what_a_guide_samples_it_scores(tiny, prompts):
+    """Sampling within another policy's nucleus: the engine's log-probabilities are the scorer's, and less is possible."""
+    other = tiny.adapt("full", 2, 4, 8.0, 0)
+    for p in other.model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    guide = Guide(other.snapshot(), 0, 0.5)
+    from accord.rollout.sampling import Sampling
+
+    rollout = Engine(tiny, rows=3).sample(prompts[:4], 2, Sampling(0.9, max_new_tokens=8), guide=guide)
+    again = score(tiny.model, rollout, 0, 0.9, 64, guide)
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.engine_logprobs[mask], again.logprobs[mask], rtol=0, atol=2e-5)
+    free = score(tiny.model, rollout, 0, 0.9, 64)
+    assert (again.logprobs[mask] > free.logprobs[mask]).all() and (again.entropy[mask] < free.entropy[mask]).all()
+
+
+def run_of(policy, prompts, folder, settings, reward=letters):
+    run = Run.create(folder, {"command": "rl"})
+    return train(policy, prompts, build_reward(reward, policy), settings, run)
+
+
+RATES = {"dqn": dict(learning_rate=1e-2, q_scale=0.3, epochs=4, gamma=1.0, kl_coef=0.0, max_steps=40)}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_learns_a_preference_it_can_see(tiny, prompts, tmp_path, name):
+    changes = dict(max_steps=25, prompts_per_step=8, completions_per_prompt=4, learning_rate=3e-3, kl_coef=0.001, trust_region=0.03)
+    settings = RLSettings(**{**SMALL, **changes, "algorithm": name, **RATES.get(name, {})})
+    outcome = run_of(tiny, prompts, tmp_path / "r", settings)
+    sampling = settings.sampling(-1)
+    scores = [np.array(letters([], Engine(p).sample(prompts, 8, sampling).texts)) for p in (tiny, outcome.policy)]
+    difference = scores[1] - scores[0]
+    assert difference.mean() > 4 * difference.std() / len(difference) ** 0.5
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_resume_is_exact(tiny_folder, prompts, tmp_path, name):
+    """Four steps, or two and two in another process's memory: the same numbers, whatever state the algorithm keeps."""
+    settings, results = RLSettings(**{**SMALL, "algorithm": name}), []
+    for stops in ([4], [2, 4]):
+        folder = tmp_path / f"r{len(stops)}"
+        Run.create(folder, {"command": "rl"})._lock.close()
+        for limit in stops:
+            start = Policy.load(str(tiny_folder), "float32")
+            run, _ = Run.open(folder)
+            outcome = train(start, prompts, build_reward(letters, start), settings.model_copy(update={"max_steps": limit}), run)
+            run._lock.close()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+        results.append((outcome.policy.trainable(), metrics, (folder / "completions.jsonl").read_text()))
+    (a, metrics_a, text_a), (b, metrics_b, text_b) = results
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert text_a == text_b and json.dumps(metrics_a) == json.dumps(metrics_b)
