@@ -17,6 +17,7 @@ from accord.errors import UserError
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
+from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
 from accord.progress import bar, safe_point
 from accord.reward.model import RewardModel
@@ -25,7 +26,11 @@ from accord.reward.sources import Reward, build_reward
 from accord.reward.training import RewardReport, train_reward_model
 from accord.rl.trainer import Outcome, train
 from accord.rollout.engine import Engine
+from accord.rollout.environments import Environment, make_environment
+from accord.rollout.episodes import play
 from accord.rollout.policy import Policy
+from accord.rollout.rollout import Rollout
+from accord.rollout.sampling import Sampling
 from accord.runs import Run, refuse_existing, repair_lines
 
 CHUNK = 64
@@ -91,9 +96,10 @@ def train_reward(
 
 def train_rl(
     policy: Policy,
-    prompts: Sequence[Prompt] | str | Path,
-    reward: Any,
+    prompts: Sequence[Prompt] | str | Path | None = None,
+    reward: Any = None,
     *,
+    environment: str | Environment | None = None,
     out: str | Path | None = None,
     validation: Sequence[Prompt] | None = None,
     **settings: Any,
@@ -103,30 +109,51 @@ def train_rl(
     Args:
         reward: a :class:`RewardModel`, a function ``(prompts, completions) -> scores``, a folder,
             ``module:function``, ``classifier:NAME``, or a list of these with weights (``0.5*NAME``).
+        environment: where episodes come from (:mod:`accord.rollout.environments`): its name or the object. It brings
+            its prompts and its reward; ``reward`` is added to it.
         out: run folder, new; by default ``runs/rl-DATE-TIME``.
         validation: prompts for the validation score; by default a tenth of ``prompts``, by id.
         settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
     """
     s = build(RLSettings, settings, "rl")
-    given = read_prompts(prompts) if isinstance(prompts, (str, Path)) else list(prompts)
-    if validation is None:
+    world = make_environment(environment) if isinstance(environment, str) else environment
+    given = start_prompts(world, prompts, s)
+    if world is not None and validation is None:
+        validation = given
+    elif validation is None:
         given, validation = split_validation(given, s.prompts_per_step)
     if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
         raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
     refuse_existing(folder)
     start = policy.frozen()
-    source = build_reward(reward, start, s.reward_timeout)
+    source = build_reward(reward, start, s.reward_timeout, world.name if world else None)
     run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
-    return run_rl(run, start, given, source, s, validation)
+    return run_rl(run, start, given, source, s, validation, world)
+
+
+def start_prompts(environment: Environment | None, prompts: Sequence[Prompt] | str | Path | None, settings: RLSettings) -> list[Prompt]:
+    """The training prompts: those given, or where an environment's episodes start, as often as fills a step."""
+    if prompts is not None:
+        return read_prompts(prompts) if isinstance(prompts, (str, Path)) else list(prompts)
+    if environment is None:
+        raise UserError("No prompts given: use --prompts FILE, or --environment NAME, which brings its own.")
+    own = environment.prompts()
+    return own * -(-settings.prompts_per_step // len(own))
 
 
 def run_rl(
-    run: Run, policy: Policy, prompts: Sequence[Prompt], reward: Reward, settings: RLSettings, validation: Sequence[Prompt]
+    run: Run,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    settings: RLSettings,
+    validation: Sequence[Prompt],
+    environment: Environment | None = None,
 ) -> Outcome:
     """Train within an open run, save the aligned policy to its ``policy/``, and close the reward."""
     try:
-        outcome = train(policy, prompts, reward, settings, run, validation)
+        outcome = train(policy, prompts, reward, settings, run, validation, environment)
     finally:
         reward.close()
     outcome.policy.save(run.folder / "policy")
@@ -179,27 +206,54 @@ class Prepared:
     prompts: list[Prompt]
     validation: list[Prompt]
     reward: Reward
+    environment: Environment | None = None
 
 
 def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
-    """Open what a run's ``config.yaml`` names: model, prompts, reward."""
-    missing = next((key for key in ("model", "prompts", "reward", "rl") if not config.get(key)), None)
+    """Open what a run's ``config.yaml`` names: model, prompts or environment, reward."""
+    world = make_environment(config["environment"]) if config.get("environment") else None
+    needed = ("model", "rl") if world is not None else ("model", "prompts", "reward", "rl")
+    missing = next((key for key in needed if not config.get(key)), None)
     if missing:
         raise UserError(f"{where} has no '{missing}'; only runs that were started with accord rl can be resumed this way.")
     settings = build(RLSettings, config["rl"], where)
-    prompts = read_prompts(config["prompts"])
+    prompts = start_prompts(world, config.get("prompts"), settings)
     if config.get("validation"):
         validation = read_prompts(config["validation"])
+    elif world is not None:
+        validation = world.prompts()
     else:
         prompts, validation = split_validation(prompts, settings.prompts_per_step)
-    policy = load(config["model"], settings.dtype)
-    return Prepared(settings, policy, prompts, validation, build_reward(config["reward"], policy, settings.reward_timeout))
+    policy = load_start(config["model"], settings.dtype, world)
+    if config["model"] == scratch.NAME:  # nothing in it is worth freezing
+        settings = settings.model_copy(update={"adaptation": "full", "top_layers": policy.model.depth})
+    reward = build_reward(config.get("reward"), policy, settings.reward_timeout, world.name if world else None)
+    return Prepared(settings, policy, prompts, validation, reward, world)
+
+
+def load_start(name: str, dtype: str, environment: Environment | None) -> Policy:
+    """:func:`load`, where ``scratch`` is a small random model for an environment's alphabet."""
+    if name != scratch.NAME:
+        return load(name, dtype)
+    if environment is None:
+        raise UserError("The model 'scratch' is made for an environment's alphabet; give --environment, or another model.")
+    policy = Policy.load(str(scratch.scratch_folder(environment.alphabet)), "float32" if dtype == "auto" else dtype)
+    policy.source = scratch.NAME
+    return policy
+
+
+def play_episodes(policy: Policy, environment: str | Environment, episodes: int = 1000, temperature: float = 1.0, seed: int = 0) -> Rollout:
+    """Let a policy play; ``rollout.step_rewards.sum(-1)`` is what each episode gave."""
+    world = make_environment(environment) if isinstance(environment, str) else environment
+    own = world.prompts()
+    prompts = [own[i % len(own)] for i in range(episodes)]
+    return play(Engine(policy, 256), world, prompts, 1, Sampling(temperature, seed=seed))
 
 
 def finish_rl(run: Run, prepared: Prepared) -> Outcome:
     """Train, or go on training, and write policy and report."""
     p = prepared
-    outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation)
+    outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation, p.environment)
     write_report(run.folder)
     return outcome
 

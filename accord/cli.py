@@ -118,11 +118,15 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         RLSettings,
     )
     rl.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
-    rl.add_argument("--prompts", required=True, help="prompts: .jsonl, .json, .parquet, .txt or hf:ORG/NAME")
+    rl.add_argument("--prompts", help="prompts: .jsonl, .json, .parquet, .txt or hf:ORG/NAME")
+    rl.add_argument(
+        "--environment",
+        help="where episodes come from instead of prompts, with their reward: tictactoe, tictactoe-perfect, tictactoe-mixed, "
+        "arithmetic, or module:Class; --model scratch is a small random model for it",
+    )
     rl.add_argument(
         "--reward",
         action="append",
-        required=True,
         metavar="[WEIGHT*]SPEC",
         help="FOLDER of a reward model, package.module:function, or classifier:NAME[@LABEL]; repeat for a weighted list",
     )
@@ -141,6 +145,16 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     evaluate.add_argument("--prompts", required=True, help="held-out prompts")
     evaluate.add_argument("--reward", action="append", metavar="[WEIGHT*]SPEC", help="also report this reward")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the report, new")
+
+    game = command(
+        "play", do_play, "Let a model play an environment's episodes.", "accord play --model runs/ttt/policy --environment tictactoe"
+    )
+    game.add_argument("--model", required=True, help=MODEL_HELP + "; or scratch")
+    game.add_argument("--environment", required=True, help="its name, or module:Class")
+    game.add_argument("--episodes", type=int, default=1000, help="how many [1000]")
+    game.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy [0]")
+    game.add_argument("--seed", type=int, default=0, help="luck of both sides [0]")
+    game.add_argument("--show", type=int, default=3, metavar="N", help="print the first N episodes [3]")
 
     chat = command("chat", do_chat, "Talk with a model in the terminal.", "accord chat --model runs/demo/policy")
     chat.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
@@ -244,11 +258,16 @@ def do_rl(arguments: argparse.Namespace) -> None:
     config = {
         "command": "rl",
         "model": arguments.model,
-        "prompts": str(arguments.prompts),
+        "prompts": arguments.prompts,
+        "environment": arguments.environment,
         "validation": arguments.validation,
         "reward": arguments.reward,
         "rl": settings(arguments, RLSettings),
     }
+    if arguments.environment is None:
+        for name in ("prompts", "reward"):
+            if config[name] is None:
+                raise UserError(f"accord rl needs --{name} (or --environment, which brings prompts and a reward). See accord rl --help.")
     refuse_existing(arguments.out)
     prepared = prepare_rl(config, "accord rl")
     console.print(f"[dim]{prepared.settings.arithmetic()}[/]", soft_wrap=True)
@@ -285,6 +304,38 @@ def do_evaluate(arguments: argparse.Namespace) -> None:
     save_comparison(run.folder, comparison)
     print_comparison(comparison.to_json())
     console.print(f"Report: {write_report(run.folder)}", soft_wrap=True)
+
+
+def do_explain(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from accord.evaluation.summary import print_explained
+    from accord.pipeline import explain_run
+
+    explained = explain_run(arguments.run, arguments.row)
+    print_explained(explained)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(asdict(explained), indent=1, ensure_ascii=False))
+
+
+def do_play(arguments: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from accord.api import load_start, play_episodes
+    from accord.data.statistics import bootstrap_ratio
+    from accord.rollout.environments import make_environment
+
+    world = make_environment(arguments.environment)
+    policy = load_start(arguments.model, "auto", world)
+    rollout = play_episodes(policy, world, arguments.episodes, arguments.temperature, arguments.seed)
+    assert rollout.step_rewards is not None
+    totals = rollout.step_rewards.sum(-1).tolist()
+    for row in range(min(arguments.show, len(rollout))):
+        console.print(f"  {rollout.prompts[row].text} | {rollout.texts[row]}   [bold]{totals[row]:g}[/]", soft_wrap=True, highlight=False)
+    shares = ", ".join(f"{value:g} in {count / len(totals):.1%}" for value, count in sorted(Counter(totals).items(), reverse=True)[:8])
+    mean = bootstrap_ratio(totals, [1.0] * len(totals), [str(i) for i in range(len(totals))])
+    console.print(f"{len(totals)} episodes of {world.name}: mean reward {mean}; reward {shares}", soft_wrap=True, highlight=False)
 
 
 def do_chat(arguments: argparse.Namespace) -> None:

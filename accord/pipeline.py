@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from accord.api import evaluate as compare_policies
-from accord.api import run_rl, sample_to
-from accord.config import Recipe
+from accord.api import prepare_rl, run_rl, sample_to
+from accord.config import Recipe, build
 from accord.data.pairs import group_pairs, grouped_pairs
 from accord.data.records import SPLITS, Prompt, split_of
 from accord.data.sources import read_completions, read_prompts, read_rankings, write_jsonl
-from accord.errors import GateMissed
+from accord.errors import GateMissed, UserError
 from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
@@ -25,6 +25,7 @@ from accord.feedback.panel import simulated_panel
 from accord.progress import console, safe_point
 from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
+from accord.rl.explain import Explained, explain
 from accord.rollout.policy import Policy
 from accord.runs import Run, refuse_existing, write_whole
 
@@ -228,3 +229,22 @@ def start(recipe: Recipe, out: str | Path) -> Pipeline:
     refuse_existing(Path(out))
     policy = Policy.load(recipe.model, recipe.rl.dtype)
     return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)
+
+
+def explain_run(folder: str | Path, row: int = 0) -> Explained:
+    """:func:`accord.rl.explain.explain` of a run of ``accord rl`` or of a recipe."""
+    run, config = Run.open(folder)
+    where = str(Path(folder) / "config.yaml")
+    if config["command"] == "run":
+        stages = Pipeline(build(Recipe, config["recipe"], where), run)
+        if not (run.folder / "reward").is_dir():
+            raise UserError(f"{folder} has no reward model yet, so there is no objective; go on with it: accord resume {folder}")
+        source = build_reward(str(run.folder / "reward"), stages.policy)
+        return explain(stages.policy, stages.split("train"), source, stages.recipe.rl, run.newest(), row=row)
+    if config["command"] != "rl":
+        raise UserError(f"{folder} is a run of accord {config['command']}, which has no objective; give one of accord rl, demo or run.")
+    p = prepare_rl(config, where)
+    try:
+        return explain(p.policy, p.prompts, p.reward, p.settings, run.newest(), p.environment, row)
+    finally:
+        p.reward.close()

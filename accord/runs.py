@@ -140,6 +140,12 @@ class Run:
         """
         for unfinished in (self.folder / "checkpoints").glob(".writing-*"):
             shutil.rmtree(unfinished)
+        saved = self.newest()
+        self._cut_back(saved.step if saved else 0)
+        return saved
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint whose checksum is right; nothing is changed."""
         for step, path, manifest in reversed(self.checkpoints()):
             if manifest["format"] > FORMAT:
                 raise UserError(f"{path} has format {manifest['format']}, written by accord {manifest['accord']}; use that version.")
@@ -147,11 +153,9 @@ class Run:
             if not state.is_file() or file_digest(state) != manifest["sha256"]:
                 console.print(f"[yellow]{path} is damaged (checksum); the one before it is used.[/]", soft_wrap=True)
                 continue
-            self._cut_back(step)
             return Saved(step, load_file(state), manifest["about"])
         if any((self.folder / "checkpoints").glob("step-*")):
             raise UserError(f"No checkpoint in {self.folder / 'checkpoints'} is whole. Delete that folder to train again from the start.")
-        self._cut_back(0)
         return None
 
     def _drop_old(self) -> None:

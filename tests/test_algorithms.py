@@ -15,9 +15,11 @@ from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets
 from accord.rl.algorithms import make_algorithm
 from accord.rl.algorithms.ppo_penalty import adapted
 from accord.rl.algorithms.trpo import TRPO, conjugate_gradient, fisher_vector_product
+from accord.rl.experience import score_rollout
+from accord.rl.explain import explain
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
-from accord.rl.trainer import train
+from accord.rl.trainer import State, train
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.scoring import Guide, score
@@ -457,6 +459,43 @@ def test_what_a_guide_samples_it_scores(tiny, prompts):
     torch.testing.assert_close(rollout.engine_logprobs[mask], again.logprobs[mask], rtol=0, atol=2e-5)
     free = score(tiny.model, rollout, 0, 0.9, 64)
     assert (again.logprobs[mask] > free.logprobs[mask]).all() and (again.entropy[mask] < free.entropy[mask]).all()
+
+
+def test_nlpo_s_kl_without_its_mask(tiny, prompts):
+    """The KL to the reference is of the policy without its mask: 0 at the start, though the ratio's log-probabilities are not."""
+    settings = RLSettings(**{**SMALL, "algorithm": "nlpo", "mask_top_p": 0.5})
+    state = State.begin(tiny, build_reward(letters, tiny), settings)
+    guide = state.algorithm.guide()
+    rollout = Engine(state.policy).sample(prompts[:4], 2, settings.sampling(0), keep_trunk=True, guide=guide)
+    e = score_rollout(state.policy, state.critic, build_reward(letters, tiny), rollout, settings, guide)
+    assert float(e.kl.abs().max()) < 1e-4 and float((e.old_logprobs - e.ref_logprobs)[e.mask].min()) > 0.05
+
+
+@pytest.mark.parametrize("case", ["ppo", "grpo", "ppo-penalty", "reinforce", "nlpo"])
+def test_explained_terms_add_up(tiny, prompts, tmp_path, case):
+    """Tokens to completions, completions to the step, the step to the loss; and the columns are what they say."""
+    settings = RLSettings(**{**SMALL, "algorithm": case, "entropy_coef": 0.05, "kl_coef": 0.1, "epochs": 1, "minibatches": 1})
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    train(tiny, prompts, build_reward(letters, tiny), settings, run)
+    rows = [explain(tiny, prompts, build_reward(letters, tiny), settings, run.newest(), row=row) for row in range(8)]
+    assert len(run.read("metrics.jsonl")) == 5  # nothing was cut from the logs
+    for name, whole in rows[0].step_terms.items():
+        assert sum(sum(x.terms[name]) for x in rows) == pytest.approx(whole, rel=1e-3, abs=1e-6), name
+    assert -sum(rows[0].step_terms.values()) == pytest.approx(rows[0].loss, rel=1e-6)
+    x = rows[3]
+    c = {name: np.array(values) for name, values in x.columns.items()}
+    np.testing.assert_allclose(c["ratio"], np.exp(c["log pi"] - c["log pi_old"]), rtol=1e-5)
+    expected = {
+        "ppo": np.minimum(c["ratio"] * c["advantage"], np.clip(c["ratio"], 0.8, 1.2) * c["advantage"]),
+        "ppo-penalty": c["ratio"] * c["advantage"],
+        "reinforce": c["log pi"] * c["advantage"],
+    }
+    expected["grpo"] = expected["nlpo"] = expected["ppo"]
+    np.testing.assert_allclose(np.array(x.terms["surrogate"]) * x.count, expected[case], rtol=1e-3, atol=1e-5)
+    if case != "grpo" and case != "nlpo":
+        np.testing.assert_allclose(c["KL part"], -x.kl_coef * (c["log pi_old"] - c["log pi_ref"]), rtol=1e-3, atol=1e-6)
+    assert c["score part"][-1] == pytest.approx(x.score, rel=1e-4) and not np.abs(c["score part"][:-1]).max() > 1e-5
+    assert np.abs(c["ratio"] - 1).max() > 1e-4  # the policy has moved
 
 
 def run_of(policy, prompts, folder, settings, reward=letters):

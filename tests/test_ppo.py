@@ -112,6 +112,19 @@ def test_updates_leave_the_reference_alone(tiny, prompts, adaptation, tmp_path):
         assert not any(n.startswith(("model.layers.0.", "model.layers.1.", "model.embed")) for n in changed)
 
 
+def test_the_kl_is_to_the_start_after_updates(tiny, prompts):
+    """The reference's log-probabilities are the starting model's, whatever the policy has become."""
+    state, e, settings = begin(tiny, prompts, make())
+    for p in state.policy.trainable().values():
+        p.data.mul_(1.3)
+    again = score_rollout(state.policy, state.critic, build_reward(letters, tiny), e.rollout, settings)
+    torch.testing.assert_close(again.ref_logprobs, e.ref_logprobs)
+    logp = torch.log_softmax(tiny.model(e.rollout.tokens, e.rollout.token_mask) / settings.temperature, -1)
+    expected = logp[:, :-1].gather(-1, e.rollout.tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(again.ref_logprobs[:, 1:][e.mask[:, 1:]], expected[e.mask[:, 1:]], rtol=0, atol=1e-4)
+    assert float(again.kl.abs().max()) > 0.01
+
+
 # 5. Micro-batches change memory, not the gradient.
 
 

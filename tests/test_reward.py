@@ -1,6 +1,8 @@
 """Reward models: the loss by hand, learning, calibration, and the outside world kept out."""
 
 import json
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -167,6 +169,24 @@ def test_a_bad_reward_is_one_sentence(module, tiny, rollout, spec, message):
             reward(rollout)
         finally:
             reward.close()
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    """The worker imports the reward's module and not the script that asked for it: once, and what it prints goes to the terminal."""
+    (tmp_path / "mine.py").write_text("def length(prompts, completions):\n    print('hello')\n    return [len(c) for c in completions]\n")
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        print("script runs")
+        from types import SimpleNamespace
+        from accord.reward.sources import FunctionSource
+        source = FunctionSource("mine:length")
+        class Rows(SimpleNamespace):
+            __len__ = lambda self: 2
+        print(source.score(Rows(prompts=[], texts=["ab", "c"])))
+        """)
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "script runs\n[2.0, 1.0]\n" and "hello" in done.stderr
 
 
 def test_a_classifier_is_a_reward(tiny, rollout, tmp_path, trained):

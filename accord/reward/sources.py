@@ -152,6 +152,17 @@ class CallableSource:
         return check_scores(self.name, values, rollout)
 
 
+class EnvironmentSource:
+    """What an environment gave during the episode, summed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def score(self, rollout: Rollout) -> list[float | None]:
+        assert rollout.step_rewards is not None
+        return list(rollout.step_rewards.sum(-1).tolist())
+
+
 class RewardModelSource:
     """A reward model. If its trunk is the policy's own, it reads the activations that the rollout kept."""
 
@@ -238,12 +249,12 @@ def parse_reward(spec: str | RewardModel | RewardFunction, policy: Policy, timeo
     )
 
 
-def build_reward(specs: Any, policy: Policy, timeout: float = 60.0) -> Reward:
-    """A :class:`Reward` from one spec or a list of them (see :func:`parse_reward`)."""
-    many = specs if isinstance(specs, (list, tuple)) else [specs]
-    if not many:
+def build_reward(specs: Any, policy: Policy, timeout: float = 60.0, environment: str | None = None) -> Reward:
+    """A :class:`Reward` from one spec or a list of them (see :func:`parse_reward`), besides what an environment gives."""
+    many = [] if specs is None else specs if isinstance(specs, (list, tuple)) else [specs]
+    if not many and environment is None:
         raise UserError("No reward given: use --reward FOLDER, module:function or classifier:NAME.")
-    reward = Reward([])
+    reward = Reward([] if environment is None else [(1.0, EnvironmentSource(environment))])
     try:
         for spec in many:
             reward.add(*parse_reward(spec, policy, timeout))

@@ -26,7 +26,12 @@ from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
 from accord.rl.watch import Watch, measure
 from accord.rollout.engine import Engine, encode_checked
+from accord.rollout.environments import Environment
+from accord.rollout.episodes import play
 from accord.rollout.policy import Policy
+from accord.rollout.rollout import Rollout
+from accord.rollout.sampling import Sampling
+from accord.rollout.scoring import Guide
 
 
 class Saved(NamedTuple):
@@ -60,11 +65,12 @@ def train(
     settings: RLSettings,
     run: Recorder,
     validation: Sequence[Prompt] = (),
+    environment: Environment | None = None,
 ) -> Outcome:
     """Train a policy that starts from ``start``, under a KL leash to it.
 
     Continues from the run's latest checkpoint, if it has one, with the numbers an uninterrupted run would
-    have had.
+    have had. With an ``environment``, a rollout is its episodes, and ``reward`` includes what it gives.
     """
     if len(prompts) < settings.prompts_per_step:
         raise UserError(
@@ -90,7 +96,7 @@ def train(
             clock, failed = Clock(), None
             batch = batch_of(prompts, step, settings)
             guide = algorithm.guide()
-            rollout = engine.sample(batch, settings.completions_per_prompt, settings.sampling(step), keep_trunk=True, guide=guide)
+            rollout = roll(engine, environment, batch, settings.completions_per_prompt, settings.sampling(step), guide)
             clock.lap("rollout")
             try:
                 scored = score_rollout(policy, critic, reward, rollout, settings, guide, algorithm.old_model(policy))
@@ -112,7 +118,7 @@ def train(
             stats |= {"skipped_updates": float(optimizer.skipped), "tokens": float(rollout.response_mask.sum())}
             if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
                 try:
-                    stats["validation_score"] = state.validate(engine, held, reward)
+                    stats["validation_score"] = state.validate(engine, held, reward, environment)
                 except UserError as error:
                     failed = error
                 clock.lap("validate")
@@ -128,6 +134,15 @@ def train(
             if not stopped:
                 safe_point("Training is saved.")
     return Outcome(policy, stopped, step)
+
+
+def roll(
+    engine: Engine, environment: Environment | None, prompts: Sequence[Prompt], each: int, sampling: Sampling, guide: Guide | None = None
+) -> Rollout:
+    """Completions of the prompts, or an environment's episodes that start from them."""
+    if environment is not None:
+        return play(engine, environment, prompts, each, sampling, guide)
+    return engine.sample(prompts, each, sampling, keep_trunk=True, guide=guide)
 
 
 class Clock:
@@ -207,9 +222,9 @@ class State:
             kl = AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         return cls(policy, critic, Optimizer(groups, settings), kl, make_algorithm(settings, policy, critic), settings)
 
-    def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward) -> float:
+    def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
-        rollout = engine.sample(held, 1, self.settings.sampling(-1), keep_trunk=True)
+        rollout = roll(engine, environment, held, 1, self.settings.sampling(-1))
         scored = reward(rollout)
         return float(scored.total[scored.valid].mean())
 

@@ -25,10 +25,11 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
         "entropy": masked_mean(e.old_entropy, mask),
         "length": mask.sum(-1).float().mean(),
         "finished": rollout.finished.float().mean(),
-        "explained_variance": explained_variance(e.values, e.returns, e.mask),
         "engine_gap": (rollout.engine_logprobs - e.old_logprobs)[mask].abs().max(),
         "skipped": (~e.valid).float().sum(),
     }
+    if bool(e.values.any()):  # there is a critic
+        stats["explained_variance"] = explained_variance(e.values, e.returns, e.mask)
     for name, values in e.parts.items():
         given = [v for v in values if v is not None]
         stats[f"reward/{name}"] = torch.tensor(sum(given) / len(given) if given else float("nan"))

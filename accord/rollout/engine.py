@@ -58,7 +58,33 @@ class Engine:
         """
         encoded = [encode_checked(self.policy, prompt, sampling.max_new_tokens) for prompt in prompts]
         jobs = [(p, k) for p in range(len(prompts)) for k in range(per_prompt)]
-        names = _names(prompts, per_prompt)
+        out = self._generate(encoded, jobs, _names(prompts, per_prompt), sampling, keep_trunk, guide, on_progress)
+        texts = [self.policy.tokenizer.decode(out.response(row)) for row in range(len(jobs))]
+        return out.rollout([prompts[p] for p, _ in jobs], [k for _, k in jobs], texts)
+
+    @torch.no_grad()
+    def go_on(
+        self, contexts: list[list[int]], names: list[str], sampling: Sampling, guide: Guide | None = None
+    ) -> list[tuple[list[int], list[float], bool]]:
+        """Continue each context: (tokens, their log-probabilities, whether an end token was chosen). Luck goes by name."""
+        out = self._generate(contexts, [(i, 0) for i in range(len(contexts))], names, sampling, False, guide)
+        written = []
+        for row in range(len(contexts)):
+            start = int(out.lengths[row])
+            tokens = out.response(row)
+            written.append((tokens, out.logprobs[row, start : start + len(tokens)].tolist(), bool(out.finished[row])))
+        return written
+
+    def _generate(
+        self,
+        encoded: list[list[int]],
+        jobs: list[tuple[int, int]],
+        names: list[str],
+        sampling: Sampling,
+        keep_trunk: bool,
+        guide: Guide | None,
+        on_progress: Progress | None = None,
+    ) -> _Output:
         out = _Output.make(self.policy, encoded, jobs, sampling.max_new_tokens, keep_trunk)
         luck = uniforms(sampling.seed, names, sampling.max_new_tokens).to(out.tokens.device)
         report = on_progress or (lambda done, tokens: None)
@@ -70,8 +96,7 @@ class Engine:
         else:
             self._decoder.refresh()
             self._decode(out, luck, sampling, report, guide)
-        texts = [self.policy.tokenizer.decode(out.response(row)) for row in range(len(jobs))]
-        return out.rollout([prompts[p] for p, _ in jobs], [k for _, k in jobs], texts)
+        return out
 
     def _decode(self, out: _Output, luck: Tensor, sampling: Sampling, report: Progress, guide: Guide | None) -> None:
         assert self._decoder is not None

@@ -27,6 +27,7 @@ class Rollout:
         finished: (B,) bool, the policy chose an end token; False = truncated by the length limit.
         trunk: (B,T,D) or None, activations of the frozen starting model at layer ``trunk_cut``, kept while
             the policy generated.
+        step_rewards: (B,T) or None, what an environment gave at the end of each turn.
         prompts, indices, texts: for each row its prompt, its number among that prompt's K, its text.
     """
 
@@ -41,6 +42,7 @@ class Rollout:
     texts: list[str]
     trunk: Tensor | None = None
     trunk_cut: int = 0
+    step_rewards: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

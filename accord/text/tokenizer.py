@@ -79,6 +79,19 @@ class Tokenizer:
         ids = list(self.inner(text, add_special_tokens=False)["input_ids"])
         return ids + [self.eos_ids[0]] if finished else ids
 
+    def encode_turn(self, text: str, ended: bool) -> list[int]:
+        """Ids of what another says after the policy's turn, up to where the policy writes again.
+
+        With a chat template it is a user message. ``ended``: the policy wrote an end token itself.
+        """
+        if not self.has_chat_template:
+            return list(self.inner(text, add_special_tokens=False)["input_ids"])
+        marker = "\u2402turn\u2403"
+        messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": marker}, {"role": "user", "content": text}]
+        rest = str(self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).partition(marker)[2]
+        ids = list(self.inner(rest, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ended and ids and ids[0] in self.eos_ids else ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out."""
         return str(self.inner.decode(list(ids), skip_special_tokens=True))

@@ -29,7 +29,9 @@ from accord.rollout.scoring import Guide, Scored, kl_rows, score_states, states_
 
 
 class Algorithm:
-    """J(theta) = surrogate - c1 * L_VF + c2 * S - kl_coef * KL (the last one if ``kl_in`` is ``loss``).
+    """J(theta) = surrogate + c2 * S - c1 * L_VF - kl_coef * KL (the last one if ``kl_in`` is ``loss``).
+
+    Each term is logged as it stands in that sum (``term/...``).
 
     Attributes:
         baseline: moving average of the completions' returns, for Monte-Carlo advantages; None before the first.
@@ -54,13 +56,15 @@ class Algorithm:
     # From scores to advantages.
 
     def rewards(self, e: Experience, kl_coef: float) -> Tensor:
-        """(B,T): the score on the last token, minus the KL penalty if that stands here."""
-        s, rollout = self.settings, e.rollout
+        """(B,T): the score on the last token, what an environment gave at its turns' ends, minus the KL penalty if that stands here."""
+        s, rollout, given = self.settings, e.rollout, e.rollout.step_rewards
         in_reward = kl_coef if s.kl_in == "reward" else 0.0
         rewards = token_rewards(
-            e.scores, e.kl, e.mask, rollout.last, in_reward, rollout.finished,
+            e.scores if given is None else e.scores - given.sum(-1), e.kl, e.mask, rollout.last, in_reward, rollout.finished,
             s.truncation, s.truncation_penalty, s.gamma, e.final_values,
         )  # fmt: skip
+        if given is not None:
+            rewards = rewards + given
         return rewards.masked_fill(~e.mask, 0.0)  # a skipped row has none
 
     def advantages(self, e: Experience, kl_coef: float) -> Experience:
@@ -99,29 +103,28 @@ class Algorithm:
         states = states_of(policy.model, rows.rollout, policy.split)
         nucleus = None if rows.guide is None else rows.guide.nucleus(rows.rollout)
         scored = score_states(policy.model, rows.rollout, states, s.temperature, nucleus)
-        surrogate, named = self.surrogate(scored, rows, count)
+        surrogate, stats = self.surrogate(scored, rows, count)
         entropy = entropy_bonus(scored.entropy, mask, count)
-        objective = surrogate + s.entropy_coef * entropy
-        stats = {"objective/policy": surrogate, "objective/entropy": entropy, **named}
+        terms = {"surrogate": surrogate, "entropy": s.entropy_coef * entropy}
+        stats = {**stats, "objective/entropy": entropy}
         if critic is not None:
             values, _ = values_before(critic, rows.rollout)
             value = value_loss(values, rows.returns, mask, rows.values, s.value_clip, count)
-            objective = objective - s.value_coef * value.loss
+            terms["value"] = -s.value_coef * value.loss
             stats |= {"objective/value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-        penalty, more = self.penalty(policy, rows, states, scored, count)
-        return penalty - objective, {**stats, **more}
+        terms |= self.penalties(policy, rows, states, scored, count)
+        return -torch.stack(list(terms.values())).sum(), {**stats, **{f"term/{name}": term for name, term in terms.items()}}
 
-    def penalty(self, policy: Policy, rows: Experience, states: Tensor, scored: Scored, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """kl_coef * E_t[KL to the reference], if that stands in the loss. states (N,D) before the response tokens."""
+    def penalties(self, policy: Policy, rows: Experience, states: Tensor, scored: Scored, count: Tensor) -> dict[str, Tensor]:
+        """Further terms of J: -kl_coef * E_t[KL to the reference], if that stands in the loss. states (N,D) before the response tokens."""
         s = self.settings
         if s.kl_in != "loss":
-            return states.new_zeros((), dtype=torch.float32), {}
+            return {}
         if s.kl_estimator == "full":
             kl = kl_rows(policy.model, rows.rollout, states, policy.start, policy.trunk_layers, s.temperature)
         else:
             kl = kl_estimate(scored.logprobs, rows.ref_logprobs, s.kl_estimator)
-        mean = masked_mean(kl, rows.mask, count)
-        return rows.kl_coef * mean, {"objective/kl": mean}
+        return {"kl": -rows.kl_coef * masked_mean(kl, rows.mask, count)}
 
     # The update.
 

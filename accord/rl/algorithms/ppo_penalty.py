@@ -36,12 +36,11 @@ class PPOPenalty(Algorithm):
         objective = ratio_surrogate(scored.logprobs, rows.old_logprobs, rows.advantages, rows.mask, count)
         return objective, step_sizes(scored.logprobs - rows.old_logprobs, rows.mask, count)
 
-    def penalty(self, policy: Policy, rows: Experience, states: Tensor, scored: Scored, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalties(self, policy: Policy, rows: Experience, states: Tensor, scored: Scored, count: Tensor) -> dict[str, Tensor]:
         assert rows.old_model is not None
-        other, named = super().penalty(policy, rows, states, scored, count)
         kl = kl_rows(policy.model, rows.rollout, states, rows.old_model, policy.split, self.settings.temperature, reverse=True)
-        mean = masked_mean(kl, rows.mask, count)
-        return other + self.beta * mean, {**named, "objective/kl_old_new": mean}
+        moved = -self.beta * masked_mean(kl, rows.mask, count)
+        return {**super().penalties(policy, rows, states, scored, count), "kl_old_new": moved}
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
         assert e.old_model is not None

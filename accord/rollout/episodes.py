@@ -1,0 +1,110 @@
+"""Episodes of several turns as a rollout: the policy writes, the environment answers, and so on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from accord.data.records import Prompt
+from accord.errors import UserError
+from accord.rollout.engine import Engine, encode_checked
+from accord.rollout.environments import Environment, Game
+from accord.rollout.rollout import Rollout
+from accord.rollout.sampling import Sampling
+from accord.rollout.scoring import Guide
+
+
+@dataclass
+class _Row:
+    prompt: Prompt
+    index: int
+    name: str
+    game: Game
+    tokens: list[int]
+    chosen: list[bool]
+    logprobs: list[float]
+    rewards: list[float]
+    text: list[str] = field(default_factory=list)
+    over: bool = False
+    cut: bool = False
+
+    def extend(self, tokens: Sequence[int], chosen: bool, logprobs: Sequence[float] | None = None) -> None:
+        self.tokens += tokens
+        self.chosen += [chosen] * len(tokens)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+
+
+def play(
+    engine: Engine, environment: Environment, prompts: Sequence[Prompt], per_prompt: int, sampling: Sampling, guide: Guide | None = None
+) -> Rollout:
+    """``per_prompt`` episodes from each prompt. ``rollout.step_rewards`` holds what the environment gave, at each turn's end.
+
+    ``finished`` is True where the environment ended the episode, False where the limit on turns or the
+    model's context did.
+    """
+    policy, seen, rows = engine.policy, dict[str, int](), list[_Row]()
+    for prompt in prompts:
+        again = seen[prompt.id] = seen.get(prompt.id, -1) + 1
+        for k in range(per_prompt):
+            name = f"{prompt.id}#{again}/{k}"
+            ids = encode_checked(policy, prompt, environment.turn_tokens)
+            luck = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{name}".encode()).digest()[:8], "big")
+            row = _Row(prompt, k, name, environment.start(prompt, luck), [], [], [], [])
+            row.extend(ids, chosen=False)
+            rows.append(row)
+    limit = replace(sampling, max_new_tokens=environment.turn_tokens)
+    for turn in range(environment.max_turns):
+        playing = [row for row in rows if not row.over]
+        if not playing:
+            break
+        written = engine.go_on([row.tokens for row in playing], [f"{row.name}/{turn}" for row in playing], limit, guide)
+        for row, (tokens, logprobs, finished) in zip(playing, written, strict=True):
+            row.extend(tokens, chosen=True, logprobs=logprobs)
+            row.text.append(policy.tokenizer.decode(tokens))
+            answer = _ask(environment, row, finished)
+            row.rewards[-1] = answer[0]
+            row.over = answer[2]
+            if not row.over:
+                row.text.append(answer[1])
+                row.extend(policy.tokenizer.encode_turn(answer[1], finished), chosen=False)
+                if len(row.tokens) + environment.turn_tokens > policy.context:
+                    row.over = row.cut = True
+    return _rollout(rows, policy.tokenizer.pad_id, policy.device)
+
+
+def _ask(environment: Environment, row: _Row, finished: bool) -> tuple[float, str, bool]:
+    try:
+        reward, text, over = row.game.answer(row.text[-1], finished)
+        reward = float(reward)
+    except Exception as error:
+        raise UserError(f"Environment '{environment.name}' failed on {row.text[-1]!r}: {type(error).__name__}: {error}") from error
+    if reward != reward or abs(reward) == float("inf"):
+        raise UserError(f"Environment '{environment.name}' gave {reward} for {row.text[-1]!r} of '{row.prompt.id}'; give a finite number.")
+    return reward, text, bool(over)
+
+
+def _rollout(rows: list[_Row], pad_id: int, device: torch.device) -> Rollout:
+    # What the environment said last is read by nobody: an episode ends with the policy's last token.
+    ends = [len(row.chosen) - row.chosen[::-1].index(True) for row in rows]
+    width = max(ends)
+
+    def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([[*v[:end], *[fill] * (width - end)] for v, end in zip(values, ends, strict=True)], dtype=dtype, device=device)
+
+    columns = torch.arange(width, device=device)[None]
+    return Rollout(
+        tokens=table([row.tokens for row in rows], pad_id, torch.long),
+        positions=columns.expand(len(rows), -1),
+        token_mask=columns < torch.tensor(ends, device=device)[:, None],
+        response_mask=table([row.chosen for row in rows], False, torch.bool),
+        engine_logprobs=table([row.logprobs for row in rows], 0.0, torch.float32),
+        finished=torch.tensor([row.over and not row.cut for row in rows], device=device),
+        prompts=[row.prompt for row in rows],
+        indices=[row.index for row in rows],
+        texts=[" | ".join(row.text) for row in rows],
+        step_rewards=table([row.rewards for row in rows], 0.0, torch.float32),
+    )

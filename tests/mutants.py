@@ -1,0 +1,216 @@
+"""Break each formula in turn; the tests named beside it must notice.
+
+    python tests/mutants.py            # all of them: a line each, exit 1 if one survives
+    python tests/mutants.py GAE kl     # those whose file or description has one of these words
+    python tests/mutants.py --write    # and write the table, docs/mutants.md
+
+A mutant is one changed piece of source, put in place of its module in a forked process; files stay as they are.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import io
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TABLE = ROOT / "docs" / "mutants.md"
+
+MATH, ALG, PPO, ROLL = "test_rl_math.py", "test_algorithms.py", "test_ppo.py", "test_rollout.py"
+LOSS = "test_loss_and_gradient_equal_the_oracle"
+
+# (module, what stands there, what is put there instead, what is wrong then, test file, -k)
+MUTANTS = [
+    # Advantages.
+    ("rl/advantages", "rewards[:, t] + gamma * next_value - values[:, t]", "rewards[:, t] + next_value - values[:, t]", "GAE: delta without gamma", MATH, "gae"),
+    ("rl/advantages", "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage", "GAE: lambda forgotten", MATH, "gae"),
+    ("rl/advantages", "delta + gamma * lam * next_advantage", "delta + lam * next_advantage", "GAE: gamma forgotten in the recursion", MATH, "gae"),
+    ("rl/advantages", "next_value = values.new_zeros(B)", "next_value = values[:, -1]", "GAE without (1 - done): a value after the end", MATH, "gae"),
+    ("rl/advantages", "next_advantage = torch.where(chosen, advantage, next_advantage)", "next_advantage = advantage", "GAE: tokens of the environment not stepped over", MATH, "gae"),
+    ("rl/advantages", "next_value = torch.where(chosen, values[:, t], next_value)", "next_value = values[:, t]", "GAE: values of the environment's tokens taken in", MATH, "gae"),
+    ("rl/advantages", "torch.where(mask, advantages + values, 0.0)", "torch.where(mask, advantages, 0.0)", "returns without the value", MATH, "gae"),
+    ("rl/advantages", "& ~torch.eye(len(group), dtype=torch.bool, device=group.device)", "", "leave-one-out: the completion itself in its baseline", ALG, "advantages or by_hand"),
+    ("rl/advantages", "totals - baseline, 0.0)", "baseline - totals, 0.0)", "leave-one-out: sign", ALG, "advantages or by_hand"),
+    ("rl/advantages", "/ (variance.sqrt() + eps), 0.0)", ", 0.0)", "group advantage: not divided by the deviation", ALG, "advantages"),
+    ("rl/advantages", "(totals[None, :] - mean[:, None]) ** 2", "(totals[None, :]) ** 2", "group advantage: second moment for variance", ALG, "advantages"),
+    ("rl/advantages", "target = rewards + gamma * shifted", "target = rewards + shifted", "n-step targets: discount forgotten", ALG, "advantages"),
+    ("rl/advantages", "following = torch.where(mask[:, t], target[:, t], following)", "following = target[:, t]", "n-step targets: other columns not stepped over", ALG, "advantages"),
+    # Masks, means, whitening.
+    ("rl/masked", "denominator = mask.sum() if count is None else count", "denominator = mask.sum()", "mean over the micro-batch, not the whole step", MATH, "accumulated"),
+    ("rl/masked", "denominator = mask.sum() if count is None else count", "denominator = mask.numel() if count is None else count", "mean over padding too", MATH, "surrogate"),
+    ("rl/masked", "return masked_sum(values, mask) / denominator", "return masked_sum(values, mask)", "sum for mean", MATH, "surrogate"),
+    ("rl/masked", "torch.where(mask, values, torch.zeros_like(values)).sum()", "values.sum()", "what lies under the mask counts", MATH, "under_the_mask"),
+    ("rl/masked", "return centred / (deviation + eps)", "return values / (deviation + eps)", "whitening: mean not subtracted", MATH, "whitening"),
+    ("rl/masked", "masked_mean(centred**2, mask).sqrt()", "masked_mean(centred**2, mask)", "whitening: variance for deviation", MATH, "whitening"),
+    # Rewards and KL.
+    ("rl/rewards", "(-kl_coef * kl)", "(kl_coef * kl)", "sign of the KL penalty", MATH, "token_rewards"),
+    ("rl/rewards", "rewards.scatter_add(1, last[:, None], terminal[:, None])", "rewards.scatter_add(1, last[:, None] - 1, terminal[:, None])", "score one token early", MATH, "token_rewards"),
+    ("rl/rewards", "terminal = terminal - penalty * cut", "terminal = terminal * (1 - cut) - penalty * cut", "truncation replaces the score", MATH, "token_rewards"),
+    ("rl/rewards", "terminal + gamma * final_values * cut", "terminal + gamma * final_values", "finished episodes bootstrapped too", MATH, "token_rewards"),
+    ("rl/rewards", "cut = (~finished)", "cut = (finished)", "finished and truncated mixed up", MATH, "token_rewards"),
+    ("rl/kl", "return d**2 / 2", "return d**2", "k2 without its half", MATH, "kl"),
+    ("rl/kl", "torch.expm1(-d) + d", "torch.expm1(d) - d", "k3 of the other direction", MATH, "kl"),
+    ("rl/kl", "d = logprobs - ref_logprobs", "d = ref_logprobs - logprobs", "KL of the other direction", MATH, "kl"),
+    ("rl/kl", "kl / self.target - 1.0", "1.0 - kl / self.target", "adaptive KL steers the wrong way", MATH, "adaptive"),
+    ("rl/kl", "-0.2), 0.2)", "-2.0), 2.0)", "adaptive KL: error not clipped", MATH, "adaptive"),
+    # Objectives.
+    ("rl/objective", "torch.minimum(unclipped, clipped)", "torch.maximum(unclipped, clipped)", "PPO: max for min", MATH, "surrogate or clip"),
+    ("rl/objective", "torch.minimum(unclipped, clipped)", "clipped", "PPO: always clipped, the way back cut too", MATH, "surrogate or clip"),
+    ("rl/objective", "ratio.clamp(1 - epsilon, 1 + epsilon)", "ratio.clamp(1 / (1 + epsilon), 1 + epsilon)", "PPO: lower end of the clip", MATH, "surrogate or clip"),
+    ("rl/objective", "log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)\n    ratio = log_ratio.exp()", "log_ratio = torch.where(mask, old_logprobs.detach() - logprobs, 0.0)\n    ratio = log_ratio.exp()", "ratio upside down", MATH, "surrogate"),
+    ("rl/objective", "(clipped < unclipped).float()", "(clipped != unclipped).float()", "clip fraction counts what the clip does not cut", MATH, "clip_fraction"),
+    ("rl/objective", "0.5 * masked_mean(torch.maximum(error, near_error)", "0.5 * masked_mean(torch.minimum(error, near_error)", "value clip: min for max", MATH, "value_loss"),
+    ("rl/objective", "0.5 * masked_mean(torch.maximum(error, near_error)", "masked_mean(torch.maximum(error, near_error)", "value loss without its half", MATH, "value_loss"),
+    ("rl/objective", "near = old + (values - old).clamp(-clip, clip)", "near = values.clamp(-clip, clip)", "value clip around 0, not around the old value", MATH, "value_loss"),
+    ("rl/objective", "ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()", "ratio = torch.where(mask, logprobs, 0.0).exp()", "ratio without the old policy", ALG, LOSS + " and penalty"),
+    ("rl/objective", "1 - error.var(correction=0) / target.var(correction=0)", "error.var(correction=0) / target.var(correction=0)", "explained variance upside down", MATH, "explained"),
+    # Log-probabilities.
+    ("nn/logprobs", "        logits = logits / temperature\n", "        pass\n", "temperature forgotten", MATH, "token_stats"),
+    ("nn/logprobs", "entropy.append(-(logp.exp() * logp).sum(-1))", "entropy.append(-logp.sum(-1))", "entropy without its weights", MATH, "token_stats"),
+    ("nn/logprobs", "dz = (dz / ctx.temperature)", "dz = dz", "temperature forgotten in the gradient", MATH, "gradient_is_autograd"),
+    ("nn/logprobs", "ge[:, None] * (logp + e[:, None])", "ge[:, None] * logp", "entropy's gradient without the entropy", MATH, "gradient_is_autograd"),
+    ("nn/logprobs", "(P * (p - q - (P * (p - q))", "(P * (p - q + (P * (p - q))", "exact KL: sign in its gradient", ALG, "exact_kl"),
+    ("nn/logprobs", "(q.exp() - P) * g", "(P - q.exp()) * g", "exact KL: sign of the other side's gradient", ALG, "exact_kl"),
+    ("nn/logprobs", "probability.cumsum(-1) - probability < top_p", "probability.cumsum(-1) < top_p", "nucleus: the token that reaches the mass left out", ALG, "nucleus"),
+    ("rollout/scoring", "[:, :-1][rollout.response_mask[:, 1:]]", "[:, 1:][rollout.response_mask[:, 1:]]", "state after the token for the state before it", ALG, LOSS + " and reinforce"),
+    # Algorithms.
+    ("rl/algorithms/base", '"entropy": s.entropy_coef * entropy}', '"entropy": -s.entropy_coef * entropy}', "sign of the entropy bonus", ALG, LOSS + " and a2c"),
+    ("rl/algorithms/base", "-s.value_coef * value.loss", "-value.loss", "c1 forgotten", ALG, LOSS + " and a2c"),
+    ("rl/algorithms/base", '"kl": -rows.kl_coef', '"kl": rows.kl_coef', "sign of the KL in the loss", ALG, LOSS + " and grpo"),
+    ("rl/algorithms/base", "kl_estimate(scored.logprobs, rows.ref_logprobs", "kl_estimate(scored.logprobs, rows.old_logprobs", "old policy for the reference", ALG, LOSS + " and grpo"),
+    ("rl/algorithms/base", 'in_reward = kl_coef if s.kl_in == "reward" else 0.0', "in_reward = kl_coef", "KL penalised twice", ALG, LOSS + " and grpo"),
+    ("rl/algorithms/base", "        return before\n", "        return self.baseline\n", "REINFORCE: baseline knows the rollout it judges", ALG, "baseline_lags"),
+    ("rl/algorithms/ppo", "rows.old_logprobs, rows.advantages", "rows.ref_logprobs, rows.advantages", "reference for the old policy in the ratio", ALG, LOSS + " and ppo-0"),
+    ("rl/objective", "torch.where(mask, logprobs, 0.0) * advantages.detach()", "torch.where(mask, logprobs, 0.0) * advantages.detach().abs()", "policy gradient: advantage without its sign", ALG, LOSS + " and reinforce"),
+    ("rl/algorithms/ppo_penalty", "self.settings.temperature, reverse=True)", "self.settings.temperature)", "PPO-penalty: KL[new, old] for KL[old, new]", ALG, LOSS + " and penalty"),
+    ("rl/algorithms/ppo_penalty", "moved = -self.beta", "moved = self.beta", "PPO-penalty: sign", ALG, LOSS + " and penalty"),
+    ("rl/algorithms/ppo_penalty", "        return beta / 2\n", "        return beta * 2\n", "PPO-penalty: beta adapts the wrong way", ALG, "rule_by_hand"),
+    ("rl/algorithms/trpo", "s = p * (t - (p * t).sum(-1, keepdim=True))", "s = p * t", "TRPO: Fisher matrix without p p^T", ALG, "fisher"),
+    ("rl/algorithms/trpo", "/ temperature**2 * kept", "/ temperature * kept", "TRPO: temperature once", ALG, "fisher"),
+    ("rl/algorithms/trpo", "if kl <= s.trust_region and now > start:", "if now > start:", "TRPO: KL limit not looked at", ALG, "keeps_its_limit"),
+    ("rl/algorithms/trpo", "(2 * s.trust_region / curvature) ** 0.5", "(2 * s.trust_region / curvature)", "TRPO: step length without its root", ALG, "keeps_its_limit"),
+    ("rl/algorithms/trpo", "p = r + size / last * p", "p = r", "conjugate gradient: steepest descent", ALG, "conjugate"),
+    ("rl/algorithms/dqn", "theirs = logits_at(model, rows, policy.split, s.temperature, best)", "theirs = logits_at(model, rows, policy.split, s.temperature)", "DQN: value of the action taken, not of the best", ALG, "dqn_targets"),
+    ("rl/algorithms/dqn", "s.q_scale * spread(theirs.chosen - theirs.largest, rows.rollout)", "0.0 * spread(theirs.chosen - theirs.largest, rows.rollout)", "DQN: max over the target network instead of double Q", ALG, "dqn_targets"),
+    ("rl/algorithms/dqn", "q = values_before(critic, rows.rollout)[0] + ", "q = values_before(critic, rows.rollout)[0] - ", "DQN: advantage subtracted", ALG, "dqn_targets"),
+    # Rollouts.
+    ("rollout/sampling", "right=True", "right=False", "inverse CDF: the token before the one passed", ROLL, "inverse_cdf"),
+    ("rl/experience", "before = torch.cat((torch.zeros_like(after[:, :1]), after[:, :-1]), dim=1)", "before = after", "value after the token for the value before it", ALG, LOSS + " and a2c"),
+    # The decisions of the design.
+    ("rl/experience", "reference = score(policy.start, rollout, policy.trunk_layers,", "reference = score(policy.model, rollout, policy.split,", "reference: the policy itself, not the start", PPO, "kl_is_to_the_start"),
+    ("rl/selftest", "if not (mean <= tolerance and largest <= MAX_FACTOR * tolerance):", "if False:", "self-test never fails", PPO, "self_test"),
+    ("rl/selftest", "    if not good:\n", "    if False:\n", "mask not checked", PPO, "self_test"),
+    ("rl/optimize", "if all(bool(torch.isfinite(norm)) for norm in norms.values()):", "if True:", "steps on a gradient that is not finite", PPO, "non_finite"),
+    ("rl/optimize", "value, named = loss(rows.select(index), count)", "value, named = loss(rows.select(index), rows.select(index).mask.sum())", "gradient depends on the micro-batch", PPO, "micro_batch"),
+    ("rl/experience", "mask = rollout.response_mask & scored.valid[:, None]", "mask = rollout.response_mask", "skipped completions train", PPO, "skipped_samples"),
+    ("rollout/policy", "copy.deepcopy(b).float().requires_grad_(True)", "b.float().requires_grad_(True)", "split: the policy trains the reference's own layers", PPO, "leave_the_reference_alone"),
+    ("reward/sources", "if not math.isfinite(number):", "if False:", "a reward of NaN is taken", "test_reward.py", "bad_reward"),
+    ("rollout/sampling", 'raise UserError("top_k and top_p change', 'print("top_k and top_p change', "top-p sampling in training goes unnoticed", ROLL, "unaccounted"),
+    ("rollout/engine", "sampling.temperature or 1.0, nucleus)", "1.0, nucleus)", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
+    ("rl/experience", "raw = mine.logprobs if guide is None else", "raw = mine.logprobs if True else", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),
+]  # fmt: skip
+
+
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Serves one module from changed source."""
+
+    def __init__(self, name, path, source):
+        self.name, self.path, self.source = name, path, source
+
+    def find_spec(self, fullname, path=None, target=None):
+        return importlib.util.spec_from_loader(fullname, self, origin=self.path) if fullname == self.name else None
+
+    def get_filename(self, fullname):
+        return self.path
+
+    def get_data(self, path):
+        return self.source.encode()
+
+    def path_stats(self, path):
+        raise OSError  # no byte code is read or written
+
+
+class FirstFailure:
+    """Pytest plugin: which test noticed."""
+
+    def __init__(self):
+        self.name, self.ran = None, 0
+
+    def pytest_runtest_logreport(self, report):
+        self.ran += report.when == "call"
+        if report.failed and self.name is None:
+            self.name = report.nodeid.split("::")[-1].split("[")[0]
+
+
+def changed(module, before, after):
+    path = ROOT / "accord" / f"{module}.py"
+    source = path.read_text()
+    if source.count(before) < 1:
+        raise SystemExit(f"{path}: {before!r} is not there any more; give the mutant its new source.")
+    return path, source.replace(before, after, 1)
+
+
+def noticed(module, before, after, file, words):
+    """The name of the first test that fails with this mutant in place; '' if none does. In a process of its own."""
+    path, source = changed(module, before, after)
+    read, write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            name = pipe.read()
+        os.waitpid(pid, 0)
+        return name
+    import pytest
+
+    finder, plugin = Broken(f"accord.{module.replace('/', '.')}", str(path), source), FirstFailure()
+    sys.meta_path.insert(0, finder)
+    silence = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(HERE / file), "-k", words], plugins=[plugin])
+        name = plugin.name or ("" if plugin.ran else "NO TEST RAN")
+        if code != 0 and not name:
+            name = "the module does not import"
+    except BaseException as error:
+        name = type(error).__name__
+    os.write(write, name.encode())
+    os._exit(0)
+
+
+def main(words):
+    # Heavy imports once, before the forks; nothing of accord.
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(HERE))
+    lines, survivors = [], []
+    chosen = [m for m in MUTANTS if not words or any(w in m[0] or w in m[3] for w in words)]
+    for module, before, after, wrong, file, which in chosen:
+        name = noticed(module, before, after, file, which)
+        print(f"{'killed  ' if name else 'SURVIVES'}  {module}: {wrong}  [{name}]", flush=True)
+        lines.append(f"| `{module}.py` | {wrong} | `{name}` |")
+        if not name or name in ("NO TEST RAN", "the module does not import"):
+            survivors.append(wrong)
+    if "--write" in sys.argv and not survivors:
+        TABLE.write_text(HEAD + "\n".join(lines) + "\n")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+HEAD = """# What the tests notice
+
+Each formula broken in turn, and the first test that failed. Made by `python tests/mutants.py --write`, which exits with 1 if
+one survives; the tests run it.
+
+| file | what is wrong | noticed by |
+|---|---|---|
+"""
+
+if __name__ == "__main__":
+    sys.exit(main([word for word in sys.argv[1:] if word != "--write"]))
