@@ -1,6 +1,6 @@
 """Our written-out attention against torch's fused kernel, forwards and backwards, at the lengths of RLHF.
 
-    .venv/bin/python bench/attention.py
+.venv/bin/python bench/attention.py
 """
 
 import os

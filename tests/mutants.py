@@ -153,16 +153,13 @@ def changed(module, before, after):
     return path, source.replace(before, after, 1)
 
 
-def noticed(module, before, after, file, words):
-    """The name of the first test that fails with this mutant in place; '' if none does. In a process of its own."""
+def start(module, before, after, file, words):
+    """Run these tests with this mutant in place, in a process of its own; returns where its answer can be read."""
     path, source = changed(module, before, after)
     read, write = os.pipe()
-    if pid := os.fork():
+    if os.fork():
         os.close(write)
-        with os.fdopen(read) as pipe:
-            name = pipe.read()
-        os.waitpid(pid, 0)
-        return name
+        return read
     import pytest
 
     finder, plugin = Broken(f"accord.{module.replace('/', '.')}", str(path), source), FirstFailure()
@@ -180,6 +177,14 @@ def noticed(module, before, after, file, words):
     os._exit(0)
 
 
+def answer(read):
+    """The name of the first test that failed; '' if none did."""
+    with os.fdopen(read) as pipe:
+        name = pipe.read()
+    os.wait()
+    return name
+
+
 def main(words):
     # Heavy imports once, before the forks; nothing of accord.
     import hypothesis  # noqa: F401
@@ -191,8 +196,13 @@ def main(words):
     sys.path.insert(0, str(HERE))
     lines, survivors = [], []
     chosen = [m for m in MUTANTS if not words or any(w in m[0] or w in m[3] for w in words)]
-    for module, before, after, wrong, file, which in chosen:
-        name = noticed(module, before, after, file, which)
+    waiting, answers = [], []
+    for module, before, after, _, file, which in chosen:
+        waiting.append(start(module, before, after, file, which))
+        if len(waiting) == 2:  # at a time
+            answers.append(answer(waiting.pop(0)))
+    answers += [answer(read) for read in waiting]
+    for (module, _, _, wrong, _, _), name in zip(chosen, answers, strict=True):
         print(f"{'killed  ' if name else 'SURVIVES'}  {module}: {wrong}  [{name}]", flush=True)
         lines.append(f"| `{module}.py` | {wrong} | `{name}` |")
         if not name or name in ("NO TEST RAN", "the module does not import"):

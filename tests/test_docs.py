@@ -22,7 +22,7 @@ def test_the_example_of_an_algorithm(tiny, prompts, tmp_path, monkeypatch):
     import awr  # noqa: F401
 
     try:
-        settings = dict(prompts_per_step=4, max_new_tokens=8, top_layers=2, max_steps=6, learning_rate=3e-3, dtype="float32", kl_coef=0.0)
+        settings = dict(prompts_per_step=4, max_new_tokens=8, top_layers=2, max_steps=25, learning_rate=3e-3, dtype="float32", kl_coef=0.0)
         letters = lambda prompts, completions: [sum(c.isalpha() for c in text) for text in completions]
         outcome = accord.train_rl(tiny, prompts, letters, algorithm="awr", out="r", validation=[], completions_per_prompt=8, **settings)
     finally:

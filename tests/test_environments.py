@@ -166,7 +166,7 @@ def test_addition_is_learned_from_nothing(scratch, tmp_path):
     env = make_environment("arithmetic")
     start = load_start("scratch", "float32", env)
     settings = dict(
-        adaptation="full", top_layers=3, prompts_per_step=55, completions_per_prompt=4, max_steps=60, learning_rate=1e-3,
+        adaptation="full", top_layers=3, prompts_per_step=55, completions_per_prompt=4, max_steps=60, learning_rate=1e-3, entropy_coef=0.05,
         critic_learning_rate=1e-3, kl_coef=0.0, kl_warn=1e9, truncation="nothing", validate_every=50, dtype="float32",
     )  # fmt: skip
     outcome = train_rl(start, environment=env, out=tmp_path / "r", **settings)

@@ -89,6 +89,12 @@ def test_inverse_cdf_by_hand():
     assert draw(logp, u).tolist() == [0, 0, 1, 3, 3]
 
 
+def test_inverse_cdf_at_the_edges():
+    """A number in [0, 1) picks the first token whose cumulative probability is above it: never one of no probability."""
+    logprobs = torch.log(torch.tensor([[0.0, 0.5, 0.0, 0.5]])).expand(3, -1)
+    assert draw(logprobs, torch.tensor([0.0, 0.5, 0.49])).tolist() == [1, 3, 1]
+
+
 def test_sampling_frequencies():
     logp = torch.log_softmax(torch.tensor([1.0, 0.0, -1.0, 2.0]), -1)
     u = uniforms(0, ["a"], 20000)[0]

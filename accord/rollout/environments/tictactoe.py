@@ -83,7 +83,7 @@ class TicTacToe:
 
     name = "tictactoe"
     alphabet = "XO.:012345678"
-    turn_tokens = 2
+    turn_tokens = 1
     max_turns = 5
 
     def opponent(self, luck: random.Random) -> Opponent:
