@@ -64,6 +64,13 @@ def test_rl_evaluate_and_reload(home, capsys):
     facts = json.loads((home / "runs" / "e" / "evaluation.json").read_text())
     assert facts["before"]["score"]["low"] <= facts["before"]["score"]["value"] <= facts["before"]["score"]["high"]
     assert facts["kl"]["value"] > 0
+    code, out = accord(capsys, "explain-objective", "runs/a", "--row", "5", "--json", "x.json")
+    assert code == 0 and "loss = -J" in out and "log pi_ref" in out
+    numbers = json.loads((home / "x.json").read_text())
+    assert numbers["step"] == 3 and -sum(numbers["step_terms"].values()) == pytest.approx(numbers["loss"], rel=1e-4, abs=1e-7)
+    for arguments, message in ((["runs/a", "--row", "99"], "choose --row 0 to 7"), (["runs/e"], "run of accord evaluate")):
+        code, out = accord(capsys, "explain-objective", *arguments)
+        assert code == 2 and message in out
 
 
 def test_sample_goes_on_where_it_stopped(home, capsys):
