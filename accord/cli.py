@@ -146,6 +146,16 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     evaluate.add_argument("--reward", action="append", metavar="[WEIGHT*]SPEC", help="also report this reward")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the report, new")
 
+    explained = command(
+        "explain-objective",
+        do_explain,
+        "The objective of one completion of a run, token by token, and how its terms add up to the loss.",
+        "accord explain-objective runs/demo --row 3",
+    )
+    explained.add_argument("run", type=Path, help="run folder of accord rl, demo or run; the step after its newest checkpoint is played")
+    explained.add_argument("--row", type=int, default=0, help="which of the step's completions [0]")
+    explained.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
+
     game = command(
         "play", do_play, "Let a model play an environment's episodes.", "accord play --model runs/ttt/policy --environment tictactoe"
     )

@@ -65,7 +65,8 @@ def test_rl_evaluate_and_reload(home, capsys):
     assert facts["before"]["score"]["low"] <= facts["before"]["score"]["value"] <= facts["before"]["score"]["high"]
     assert facts["kl"]["value"] > 0
     code, out = accord(capsys, "explain-objective", "runs/a", "--row", "5", "--json", "x.json")
-    assert code == 0 and "loss = -J" in out and "log pi_ref" in out
+    assert code == 0 and "loss = -J" in out, out
+    assert "log pi_ref" in out
     numbers = json.loads((home / "x.json").read_text())
     assert numbers["step"] == 3 and -sum(numbers["step_terms"].values()) == pytest.approx(numbers["loss"], rel=1e-4, abs=1e-7)
     for arguments, message in ((["runs/a", "--row", "99"], "choose --row 0 to 7"), (["runs/e"], "run of accord evaluate")):
