@@ -23,7 +23,7 @@ from accord.errors import UserError
 from accord.progress import console
 from accord.rl.trainer import Saved
 
-FORMAT = 1
+FORMAT = 2
 LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl")
 
 
@@ -147,7 +147,7 @@ class Run:
     def newest(self) -> Saved | None:
         """The newest checkpoint whose checksum is right; nothing is changed."""
         for step, path, manifest in reversed(self.checkpoints()):
-            if manifest["format"] > FORMAT:
+            if manifest["format"] != FORMAT:
                 raise UserError(f"{path} has format {manifest['format']}, written by accord {manifest['accord']}; use that version.")
             state = path / "state.safetensors"
             if not state.is_file() or file_digest(state) != manifest["sha256"]:
