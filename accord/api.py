@@ -24,9 +24,10 @@ from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, build_reward
 from accord.reward.training import RewardReport, train_reward_model
+from accord.rl.algorithms import check_model
 from accord.rl.trainer import Outcome, train
 from accord.rollout.engine import Engine
-from accord.rollout.environments import Environment, make_environment
+from accord.rollout.environments import Environment, checked, make_environment
 from accord.rollout.episodes import play
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
@@ -116,7 +117,8 @@ def train_rl(
         settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
     """
     s = build(RLSettings, settings, "rl")
-    world = make_environment(environment) if isinstance(environment, str) else environment
+    world = make_environment(environment) if isinstance(environment, str) else environment and checked(environment)
+    s = for_model(s, policy)
     given = start_prompts(world, prompts, s)
     if world is not None and validation is None:
         validation = given
@@ -225,10 +227,23 @@ def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
     else:
         prompts, validation = split_validation(prompts, settings.prompts_per_step)
     policy = load_start(config["model"], settings.dtype, world)
-    if config["model"] == scratch.NAME:  # nothing in it is worth freezing
-        settings = settings.model_copy(update={"adaptation": "full", "top_layers": policy.model.depth})
+    settings = for_model(settings, policy)
     reward = build_reward(config.get("reward"), policy, settings.reward_timeout, world.name if world else None)
     return Prepared(settings, policy, prompts, validation, reward, world)
+
+
+def for_model(settings: RLSettings, policy: Policy) -> RLSettings:
+    """The settings as they are used with this model: of one made from scratch nothing is worth freezing.
+
+    Raises:
+        UserError: the algorithm or the adaptation does not go with it.
+    """
+    check_model(settings, policy)
+    if policy.source != scratch.NAME:
+        return settings
+    if settings.adaptation not in ("auto", "full"):
+        raise UserError(f"The model 'scratch' trains in full; --adaptation {settings.adaptation} would freeze random weights.")
+    return settings.model_copy(update={"adaptation": "full", "top_layers": policy.model.depth})
 
 
 def load_start(name: str, dtype: str, environment: Environment | None) -> Policy:

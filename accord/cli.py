@@ -280,6 +280,7 @@ def do_rl(arguments: argparse.Namespace) -> None:
                 raise UserError(f"accord rl needs --{name} (or --environment, which brings prompts and a reward). See accord rl --help.")
     refuse_existing(arguments.out)
     prepared = prepare_rl(config, "accord rl")
+    config["rl"] = prepared.settings.model_dump()  # as they are used
     console.print(f"[dim]{prepared.settings.arithmetic()}[/]", soft_wrap=True)
     finish_rl(Run.create(arguments.out, config), prepared)
     _after_rl(arguments.out)
@@ -336,13 +337,17 @@ def do_play(arguments: argparse.Namespace) -> None:
     from accord.data.statistics import bootstrap_ratio
     from accord.rollout.environments import make_environment
 
+    if arguments.episodes < 1:
+        raise UserError(f"--episodes is {arguments.episodes}; it must be 1 or more.")
     world = make_environment(arguments.environment)
     policy = load_start(arguments.model, "auto", world)
     rollout = play_episodes(policy, world, arguments.episodes, arguments.temperature, arguments.seed)
     assert rollout.step_rewards is not None
     totals = rollout.step_rewards.sum(-1).tolist()
     for row in range(min(arguments.show, len(rollout))):
-        console.print(f"  {rollout.prompts[row].text} | {rollout.texts[row]}   [bold]{totals[row]:g}[/]", soft_wrap=True, highlight=False)
+        console.print(
+            f"  {rollout.prompts[row].text} | {rollout.texts[row]}   {totals[row]:g}", soft_wrap=True, highlight=False, markup=False
+        )
     shares = ", ".join(f"{value:g} in {count / len(totals):.1%}" for value, count in sorted(Counter(totals).items(), reverse=True)[:8])
     mean = bootstrap_ratio(totals, [1.0] * len(totals), [str(i) for i in range(len(totals))])
     console.print(f"{len(totals)} episodes of {world.name}: mean reward {mean}; reward {shares}", soft_wrap=True, highlight=False)

@@ -7,7 +7,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import byte_tokenizer
 from tabular import B, T, Table, V, World
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from accord.api import load_start
 from accord.data.records import Completion, Prompt
@@ -20,6 +22,8 @@ from accord.rl.algorithms.ppo_penalty import adapted
 from accord.rl.algorithms.trpo import TRPO, conjugate_gradient, fisher_vector_product
 from accord.rl.experience import score_rollout, values_before
 from accord.rl.explain import explain
+from accord.rl.masked import whiten
+from accord.rl.optimize import Optimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, train
@@ -38,7 +42,10 @@ t = torch.tensor
 
 
 def world(algorithm, seed=0, **changes):
-    settings = RLSettings(**{**WORLD, "algorithm": algorithm, **changes})
+    given = {k: v for k, v in WORLD.items() if k not in ALGORITHMS[algorithm].unused}
+    if changes.get("advantage", ALGORITHMS[algorithm].advantages[0]) in ("leave_one_out", "group"):
+        given["gamma"] = 1.0
+    settings = RLSettings(**{**given, "algorithm": algorithm, **changes})
     w = World(seed, settings)
     return w, make_algorithm(settings, w.policy, w.critic)
 
@@ -77,7 +84,7 @@ def test_leave_one_out_by_hand():
 
 def test_the_moving_baseline_lags():
     """The first baseline is the first mean; later ones know only the rollouts before."""
-    w, algorithm = world("reinforce", truncation="nothing", kl_coef=0.0)
+    w, algorithm = world("reinforce", truncation="nothing", kl_coef=0.0, gamma=1.0)
     e = w.experience()
     first = float(e.scores[e.valid].mean())
     got = algorithm.advantages(e, 0.0)
@@ -87,6 +94,19 @@ def test_the_moving_baseline_lags():
     got = algorithm.advantages(e, 0.0)
     assert float(got.advantages[1, column]) == pytest.approx(float(e.scores[1]) - first)
     assert algorithm.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
+    e.valid[:], e.mask[:] = False, False  # nothing was scored: nothing is learned about the average
+    algorithm.advantages(e, 0.0)
+    assert algorithm.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
+
+
+def test_equal_scores_teach_nothing():
+    """Rounding in the mean of equal numbers is not blown up by dividing through it."""
+    for n in (3, 6, 8, 16):
+        for seed in range(40):
+            same = torch.full((n,), float(np.random.default_rng(seed).normal()))
+            everyone = torch.ones(n, dtype=torch.bool)
+            assert not group_normalised(same, torch.zeros(n, dtype=torch.long), everyone).any()
+            assert not whiten(same[:, None].expand(n, 3), everyone[:, None].expand(n, 3)).any()
 
 
 def expected_advantages(w):
@@ -95,7 +115,7 @@ def expected_advantages(w):
     old, ref = w.picked(w.logp(w.old)), w.picked(w.logp(w.reference))
     d = old - ref
     kl = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d, "full": d}[s.kl_estimator]  # "full" stands in the loss here
-    advantages, returns, totals = np.zeros((B, T)), np.zeros((B, T)), np.zeros(B)
+    advantages, returns, totals, first = np.zeros((B, T)), np.zeros((B, T)), np.zeros(B), np.zeros(B)
     for row in range(B):
         m = w.used[row]
         if not m.any():
@@ -109,8 +129,9 @@ def expected_advantages(w):
             returns[row, m] = advantages[row, m] + values
         else:
             returns[row, m] = oracle.returns_to_go(rewards, s.gamma)
+            first[row] = returns[row, m][0]
     if s.advantage == "monte_carlo":
-        advantages = np.where(w.used, returns - totals[w.valid].mean(), 0.0)
+        advantages = np.where(w.used, returns - first[w.valid].mean(), 0.0)
     if s.advantage in ("leave_one_out", "group"):
         form = oracle.leave_one_out if s.advantage == "leave_one_out" else oracle.group_normalised
         for g in range(2):
@@ -136,7 +157,7 @@ def expected_loss(w, advantages, returns, surrogate, guide=None, beta=0.0):
     if w.critic is not None:
         objective -= s.value_coef * oracle.value_loss(w.value()[used], returns[used], w.values[used], s.value_clip)
     if s.kl_in == "loss":
-        d = mine - w.picked(w.logp(w.reference))[used]
+        d = w.picked(logp)[used] - w.picked(w.logp(w.reference))[used]  # of the policy without a mask
         exact = oracle.kl(logp[used], w.logp(w.reference)[used])
         objective -= w.kl_coef * {"k2": d**2 / 2, "k3": np.exp(-d) - 1 + d, "full": exact}[s.kl_estimator].mean()
     if beta:
@@ -171,6 +192,7 @@ CASES = {
     "rloo": ("gradient", {}),
     "a2c": ("gradient", {}),
     "nlpo": ("clip", {"mask_top_p": 0.7}),
+    "nlpo, k3 in the loss": ("clip", {"mask_top_p": 0.7, "kl_in": "loss", "kl_estimator": "k3"}),
 }
 
 
@@ -473,6 +495,11 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
         ({"algorithm": "ppo", "kl_in": "loss"}, "k1 in the loss does nothing"),
         ({"algorithm": "trpo", "kl_in": "loss", "kl_estimator": "k3"}, "no place for the KL in its loss"),
         ({"algorithm": "rloo", "truncation": "bootstrap"}, "needs a critic"),
+        ({"algorithm": "dqn", "truncation": "bootstrap"}, "needs a critic"),
+        ({"algorithm": "trpo", "epochs": 5}, "epochs means nothing to algorithm trpo"),
+        ({"algorithm": "dqn", "entropy_coef": 0.1}, "entropy_coef means nothing to algorithm dqn"),
+        ({"algorithm": "grpo", "gamma": 0.9}, "gamma must be 1"),
+        ({"algorithm": ["ppo"]}, "algorithm: Input should be a valid string"),
     ],
 )
 def test_combinations_that_make_no_sense(given, reason):
@@ -488,6 +515,30 @@ def test_each_algorithm_has_its_own_defaults():
     assert RLSettings(algorithm="rloo", completions_per_prompt=8).completions_per_prompt == 8
     again = RLSettings(**RLSettings(algorithm="grpo").model_dump())
     assert again == RLSettings(algorithm="grpo")
+
+
+def test_trpo_counts_a_gradient_that_is_not_a_number():
+    w, algorithm = world("trpo")
+    e = algorithm.advantages(w.experience(), 0.1)
+    e.advantages[1, :] = float("nan")
+    before = [p.clone() for p in w.model.parameters()]
+    optimizer = Optimizer({"policy": (w.policy.trainable(), 1e-3), "critic": (w.critic.trainable(), 1e-3)}, RLSettings(max_nonfinite=2))
+    assert algorithm.update(w.policy, w.critic, optimizer, e, 0) == {"accepted": 0.0} and optimizer.skipped == 1
+    with pytest.raises(UserError, match="not finite"):
+        algorithm.update(w.policy, w.critic, optimizer, e, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, w.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["trpo", "nlpo"])
+def test_what_needs_our_own_transformer_says_so_before_a_folder_is_made(tmp_path, prompts, name):
+    import accord
+
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match=f"{name} needs a model that accord computes itself"):
+        accord.train_rl(accord.load(str(tmp_path / "gpt2")), prompts, letters, algorithm=name, out=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 # The real loop.
@@ -523,6 +574,8 @@ def test_nlpo_s_kl_without_its_mask(tiny, prompts):
     """The KL to the reference is of the policy without its mask: 0 at the start, though the ratio's log-probabilities are not."""
     settings = RLSettings(**{**SMALL, "algorithm": "nlpo", "mask_top_p": 0.5})
     state = State.begin(tiny, build_reward(letters, tiny), settings)
+    frozen = [a is b for a, b in zip(state.algorithm.guide().model.model.layers, tiny.model.model.layers, strict=True)]
+    assert frozen == [True, True, False, False]  # what does not train is shared, whole
     guide = state.algorithm.guide()
     rollout = Engine(state.policy).sample(prompts[:4], 2, settings.sampling(0), keep_trunk=True, guide=guide)
     e = score_rollout(state.policy, state.critic, build_reward(letters, tiny), rollout, settings, guide)

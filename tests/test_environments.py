@@ -12,7 +12,7 @@ from accord.cli import main
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.rollout.engine import Engine
-from accord.rollout.environments import Answer, make_environment
+from accord.rollout.environments import Answer, checked, make_environment
 from accord.rollout.environments.tictactoe import Board, best_cells, free, other, play_perfectly, play_randomly, put, value, winner
 from accord.rollout.episodes import play
 from accord.rollout.sampling import Sampling
@@ -192,11 +192,36 @@ def test_the_commands(scratch, tmp_path, monkeypatch, capsys):
     ):
         assert main(["rl", "--model", "scratch", *words, "--out", "x"]) == 2
         assert reason in " ".join(capsys.readouterr().err.split())
+    rl = ["rl", "--model", "scratch", "--out", "x"]
+    assert main([*rl, "--environment", "tictactoe", "--adaptation", "lora"]) == 2
+    assert "trains in full" in capsys.readouterr().err
+    assert "adaptation: full" in (tmp_path / "r" / "config.yaml").read_text()  # as it is used
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n' * 32)
+    assert main([*rl, "--environment", "arithmetic", "--prompts", "p.jsonl"]) == 2
+    assert "cannot start from prompt" in capsys.readouterr().err
+    assert main(["play", "--model", "scratch", "--environment", "tictactoe", "--episodes", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"max_turns": 0}, "max_turns is 0"), ({"turn_tokens": "2"}, "turn_tokens is '2'"), ({"prompts": list}, "at least one")],
+)
+def test_an_environment_is_checked(changes, reason):
+    env = Echo()
+    for name, given in changes.items():
+        setattr(env, name, given)
+    with pytest.raises(UserError, match=reason):
+        checked(env)
 
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [("raise KeyError('x')", "failed on .*KeyError"), ("return (float('nan'), '', True)", "gave nan for"), ("return 3", "failed on")],
+    [
+        ("raise KeyError('x')", "failed on .*KeyError"),
+        ("return (float('nan'), '', True)", "gave nan for"),
+        ("return 3", "failed on"),
+        ("return (0.0, 5, False)", "text is a string"),
+    ],
 )
 def test_an_environment_that_breaks_is_one_sentence(scratch, body, reason):
     names = {}

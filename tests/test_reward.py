@@ -129,6 +129,13 @@ def module(tmp_path, monkeypatch):
         def text(prompts, completions): return ["good"] * len(completions)
         def short(prompts, completions): return [1.0]
         def nothing(prompts, completions): return None
+        def named(prompts, completions): return dict(enumerate(prompts))
+        def tensor(prompts, completions):
+            import torch
+            return torch.arange(len(completions)) / 2
+        def tensors(prompts, completions):
+            import torch
+            return [torch.tensor(float(len(c))) for c in completions]
         def hangs(prompts, completions): time.sleep(600)
         def dies(prompts, completions): os._exit(7)
         constant = 3
@@ -152,7 +159,8 @@ def test_functions_of_texts(module, tiny, rollout):
         ("mine:nan", r"returned nan for completion 0 of prompt 'p1'"),
         ("mine:text", r"returned 'good' for completion 0 of prompt 'p0'"),
         ("mine:short", r"returned 1 scores for 8 completions"),
-        ("mine:nothing", r"raised: TypeError"),
+        ("mine:nothing", r"raised: TypeError.*must return a list.*NoneType"),
+        ("mine:named", r"raised: TypeError.*must return a list.*dict"),
         ("mine:hangs", r"did not answer within 3 s"),
         ("mine:dies", r"its process died \(exit code 7\)"),
         ("mine:constant", r"could not be imported: TypeError.*not a function"),
@@ -169,6 +177,13 @@ def test_a_bad_reward_is_one_sentence(module, tiny, rollout, spec, message):
             reward(rollout)
         finally:
             reward.close()
+
+
+def test_tensors_are_numbers(module, tiny, rollout):
+    reward = build_reward(["mine:tensor", "mine:tensors"], tiny)
+    got = reward(rollout)
+    assert got.parts == {"mine:tensor": [i / 2 for i in range(8)], "mine:tensors": [float(len(t)) for t in rollout.texts]}
+    reward.close()
 
 
 def test_a_script_without_a_main_guard(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from accord.progress import console
@@ -70,7 +71,7 @@ def print_explained(x: Explained) -> None:
         for name in names:
             table.add_column(name, justify="left" if name == "token" else "right", no_wrap=name == "token")
     for t, token in enumerate(x.tokens):
-        shown = repr(token)[1:-1]
+        shown = escape(repr(token)[1:-1])
         first.add_row(shown, *(_short(name, values[t]) for name, values in x.columns.items()))
         given = [values[t] for values in x.terms.values()]
         second.add_row(shown, *(f"{1000 * v:+.3f}" for v in [*given, sum(given)]))

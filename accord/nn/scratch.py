@@ -42,7 +42,7 @@ def _write(folder: Path, characters: list[str], context: int, seed: int) -> None
 
     words = {c: i for i, c in enumerate([END, "?", *(c for c in characters if c != "?")])}
     raw = Tokenizer(models.WordLevel(words, unk_token="?"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     raw.decoder = decoders.Fuse()
     raw.add_special_tokens([END])
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END, unk_token="?").save_pretrained(str(folder))

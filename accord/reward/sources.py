@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -102,7 +105,8 @@ class FunctionSource:
     def __init__(self, path: str, timeout: float = 60.0) -> None:
         self.name, self.timeout = path, timeout
         command = [sys.executable, "-m", "accord.reward.worker", path]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # it finds what this process finds
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._questions = Connection(os.dup(self._process.stdin.fileno()), readable=False)
         self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
@@ -125,14 +129,15 @@ class FunctionSource:
                     f"Reward '{self.name}' did not answer within {self.timeout:g} s and was stopped; make it faster or raise reward_timeout."
                 )
             kind, value = self._answers.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError, pickle.UnpicklingError, AttributeError, ImportError):
             raise UserError(f"Reward '{self.name}': its process died (exit code {self._process.wait()}); it must return a list.") from None
         if kind == "error":
             raise UserError(f"Reward '{self.name}' {failed}: {value}")
         return value
 
     def close(self) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with whatever the function started
         self._process.wait()
         self._questions.close()
         self._answers.close()

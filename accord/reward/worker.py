@@ -28,6 +28,15 @@ def find_function(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def plain(scores: Any) -> Any:
+    """Scores as Python numbers: an array or tensor, or a list that may hold them. What they are is checked where they arrive."""
+    if hasattr(scores, "tolist"):
+        return scores.tolist()
+    if not isinstance(scores, (list, tuple)):
+        raise TypeError(f"it must return a list with a number for each completion; it returned {type(scores).__name__}")
+    return [score.tolist() if hasattr(score, "tolist") else score for score in scores]
+
+
 def serve(path: str, questions: Connection, answers: Connection) -> None:
     """Answer (prompts, completions) with ("ok", scores) or ("error", message) until the questions end."""
     try:
@@ -42,8 +51,7 @@ def serve(path: str, questions: Connection, answers: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            scores = function(prompts, completions)
-            answers.send(("ok", list(scores)))
+            answers.send(("ok", plain(function(prompts, completions))))
         except BaseException as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             answers.send(("error", f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"))

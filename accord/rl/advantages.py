@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accord.rl.masked import ROUNDING
+
 
 class Advantages(NamedTuple):
     advantages: Tensor  # (B,T) fp32, 0 outside the response
@@ -74,7 +76,8 @@ def group_normalised(totals: Tensor, group: Tensor, valid: Tensor, eps: float = 
     totals = torch.where(valid, totals, 0.0)
     mean = (same * totals[None, :]).sum(-1) / count
     variance = (same * (totals[None, :] - mean[:, None]) ** 2).sum(-1) / count
-    return torch.where(valid, (totals - mean) / (variance.sqrt() + eps), 0.0)
+    deviation, largest = variance.sqrt(), (same * totals.abs()[None, :]).amax(-1)
+    return torch.where(valid & (deviation > ROUNDING * largest), (totals - mean) / (deviation + eps), 0.0)
 
 
 def n_step_targets(rewards: Tensor, bootstrap: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:

@@ -62,14 +62,22 @@ class Optimizer:
             self._adam.step()
             self.in_a_row = 0
         else:
-            self.skipped += 1
-            self.in_a_row += 1
-            if self.in_a_row >= self._settings.max_nonfinite:
-                raise UserError(
-                    f"{self.in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
-                    "stops. The last checkpoint is whole. Lower learning_rate, or look for extreme scores in completions.jsonl."
-                )
+            self.refuse()
         return dict(stats)
+
+    def refuse(self) -> None:
+        """Count a step that is not taken because its gradient is not finite.
+
+        Raises:
+            UserError: it was one too many in a row.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self._settings.max_nonfinite:
+            raise UserError(
+                f"{self.in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
+                "stops. The last checkpoint is whole. Lower learning_rate, or look for extreme scores in completions.jsonl."
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name, for a checkpoint."""

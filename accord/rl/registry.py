@@ -29,6 +29,8 @@ class Spec:
         ratio: whether its loss corrects for the policy that sampled, so that a rollout serves several
             optimizer steps. Without, more than one would learn from another policy's samples.
         kl_in_loss: whether the penalty may stand in the loss instead of the rewards.
+        native: whether it needs a model that accord computes itself, not one run through ``transformers``.
+        unused: settings that mean nothing to it; giving one is an error.
         defaults: settings whose default is another than PPO's.
     """
 
@@ -37,6 +39,8 @@ class Spec:
     advantages: tuple[str, ...]
     ratio: bool = True
     kl_in_loss: bool = True
+    native: bool = False
+    unused: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -69,13 +73,13 @@ ALGORITHMS: dict[str, Spec] = {
     ),
     "trpo": Spec(
         f"{HERE}.trpo:TRPO", "natural gradient with a KL limit and line search (Schulman et al. 2015)", tuple(ADVANTAGES),
-        kl_in_loss=False, defaults=ONE_STEP,
+        kl_in_loss=False, native=True, unused=("epochs", "minibatches"), defaults=ONE_STEP,
     ),
     "nlpo": Spec(
-        f"{HERE}.nlpo:NLPO", "PPO over the top-p set of a lagged mask policy (Ramamurthy et al. 2022)", tuple(ADVANTAGES)
+        f"{HERE}.nlpo:NLPO", "PPO over the top-p set of a lagged mask policy (Ramamurthy et al. 2022)", tuple(ADVANTAGES), native=True
     ),
     "dqn": Spec(
         f"{HERE}.dqn:DQN", "token-level Q-learning: replay, target network, double Q (Mnih et al. 2015)", ("n_step",),
-        kl_in_loss=False, defaults={"minibatches": 4, "whiten_advantages": False},
+        kl_in_loss=False, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon"), defaults={"minibatches": 4, "whiten_advantages": False},
     ),
 }  # fmt: skip

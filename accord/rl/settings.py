@@ -99,7 +99,8 @@ class RLSettings(BaseModel):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         """What is not given takes the algorithm's own default."""
-        spec = ALGORITHMS.get(values.get("algorithm", "ppo")) if isinstance(values, dict) else None
+        name = values.get("algorithm", "ppo") if isinstance(values, dict) else None
+        spec = ALGORITHMS.get(name) if isinstance(name, str) else None
         if spec is None:
             return values
         own = {"advantage": spec.advantages[0]} if spec.advantages else {}
@@ -149,7 +150,12 @@ class RLSettings(BaseModel):
                 raise ValueError(
                     "kl_estimator k1 in the loss does nothing: the expected gradient of log pi is zero; use k2, k3 or full, or kl_in reward"
                 )
-        if self.truncation == "bootstrap" and not self.needs_critic:
+        for setting in spec.unused:
+            if getattr(self, setting) != spec.defaults.get(setting, RLSettings.model_fields[setting].default):
+                raise ValueError(f"{setting} means nothing to algorithm {name}; leave it out")
+        if self.advantage in ("leave_one_out", "group") and self.gamma != 1:
+            raise ValueError(f"advantage {self.advantage} judges a completion as a whole, so gamma must be 1")
+        if self.truncation == "bootstrap" and self.advantage != "gae":
             raise ValueError(f"truncation bootstrap needs a critic's value, and advantage {self.advantage} has none")
 
     def sampling(self, step: int) -> Sampling:

@@ -78,8 +78,9 @@ def train(
         )
     if settings.stop_at_score is not None and not validation:
         raise UserError("stop_at_score looks at the validation score, and there are no validation prompts; give --validation.")
+    room = settings.max_new_tokens if environment is None else environment.turn_tokens
     for prompt in [*prompts, *validation]:
-        encode_checked(start, prompt, settings.max_new_tokens)  # too long is told now, not at step 30
+        encode_checked(start, prompt, room)  # too long is told now, not at step 30
     state = State.begin(start, reward, settings)
     policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
     saved = run.latest()
@@ -133,6 +134,7 @@ def train(
                 raise failed
             if not stopped:
                 safe_point("Training is saved.")
+            del scored, experience  # with what they hold of the old policy
     return Outcome(policy, stopped, step)
 
 

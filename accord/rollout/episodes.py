@@ -53,7 +53,13 @@ def play(
             name = f"{prompt.id}#{again}/{k}"
             ids = encode_checked(policy, prompt, environment.turn_tokens)
             luck = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{name}".encode()).digest()[:8], "big")
-            row = _Row(prompt, k, name, environment.start(prompt, luck), [], [], [], [])
+            try:
+                game = environment.start(prompt, luck)
+            except Exception as error:
+                raise UserError(
+                    f"Environment '{environment.name}' cannot start from prompt '{prompt.id}': {type(error).__name__}: {error}"
+                ) from error
+            row = _Row(prompt, k, name, game, [], [], [], [])
             row.extend(ids, chosen=False)
             rows.append(row)
     limit = replace(sampling, max_new_tokens=environment.turn_tokens)
@@ -82,6 +88,8 @@ def _ask(environment: Environment, row: _Row, finished: bool) -> tuple[float, st
         reward = float(reward)
     except Exception as error:
         raise UserError(f"Environment '{environment.name}' failed on {row.text[-1]!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(text, str):
+        raise UserError(f"Environment '{environment.name}' answered {row.text[-1]!r} with {text!r}; an Answer's text is a string.")
     if reward != reward or abs(reward) == float("inf"):
         raise UserError(f"Environment '{environment.name}' gave {reward} for {row.text[-1]!r} of '{row.prompt.id}'; give a finite number.")
     return reward, text, bool(over)

@@ -150,8 +150,9 @@ def share_layers(start: Transformer, cut: int) -> Transformer:
 
 
 def snapshot_of(module: Module) -> Module:
-    """A frozen copy that shares the parameters which do not train."""
-    memo: dict[int, object] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    """A frozen copy that shares what does not train: whole layers, and parameters."""
+    still = [m for m in module.modules() if m is not module and not any(p.requires_grad for p in m.parameters())]
+    memo: dict[int, object] = {id(x): x for x in [*still, *(p for p in module.parameters() if not p.requires_grad)]}
     return copy.deepcopy(module, memo).requires_grad_(False)
 
 

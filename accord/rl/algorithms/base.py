@@ -34,7 +34,7 @@ class Algorithm:
     Each term is logged as it stands in that sum (``term/...``).
 
     Attributes:
-        baseline: moving average of the completions' returns, for Monte-Carlo advantages; None before the first.
+        baseline: moving average of the completions' returns (from their first token), for Monte-Carlo advantages; None before the first.
     """
 
     def __init__(self, settings: RLSettings, policy: Policy, critic: ScalarModel | None) -> None:
@@ -74,7 +74,7 @@ class Algorithm:
             advantages, returns = gae(rewards, e.values, e.mask, s.gamma, s.gae_lambda)
         elif s.advantage == "monte_carlo":
             returns = returns_to_go(rewards, e.mask, s.gamma)
-            advantages = torch.where(e.mask, returns - self._moving_baseline(rewards, e), 0.0)
+            advantages = torch.where(e.mask, returns - self._moving_baseline(returns, e), 0.0)
         else:
             form = leave_one_out if s.advantage == "leave_one_out" else group_normalised
             returns = returns_to_go(rewards, e.mask, s.gamma)
@@ -83,9 +83,12 @@ class Algorithm:
             advantages = whiten(advantages, e.mask)
         return replace(e, rewards=rewards, advantages=advantages, returns=returns, kl_coef=kl_coef)
 
-    def _moving_baseline(self, rewards: Tensor, e: Experience) -> float:
+    def _moving_baseline(self, returns: Tensor, e: Experience) -> float:
         """The average before this rollout, so that it does not depend on the actions it judges; then take it in."""
-        mean = float(rewards.sum(-1)[e.valid].mean()) if bool(e.valid.any()) else 0.0
+        if not bool(e.valid.any()):
+            return self.baseline or 0.0
+        first = e.mask.to(torch.uint8).argmax(-1, keepdim=True)
+        mean = float(returns.gather(1, first)[e.valid].mean())
         before = mean if self.baseline is None else self.baseline
         decay = self.settings.baseline_decay
         self.baseline = decay * before + (1 - decay) * mean
@@ -123,6 +126,8 @@ class Algorithm:
         if s.kl_estimator == "full":
             kl = kl_rows(policy.model, rows.rollout, states, policy.start, policy.trunk_layers, s.temperature)
         else:
+            if rows.guide is not None:  # the KL is of the policy without its mask
+                scored = score_states(policy.model, rows.rollout, states, s.temperature)
             kl = kl_estimate(scored.logprobs, rows.ref_logprobs, s.kl_estimator)
         return {"kl": -rows.kl_coef * masked_mean(kl, rows.mask, count)}
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accord.nn.loading import Model
@@ -118,5 +119,5 @@ def logits_at(model: Model, rows: Experience, split: int, temperature: float, to
     with torch.no_grad():
         weights = matrix.to(states.dtype).t()
         best = torch.cat([(h @ weights).argmax(-1) for h in states.split(CHUNK)])
-    chosen, largest = ((wide(states) * wide(matrix[ids].to(states.dtype))).sum(-1) / temperature for ids in (tokens, best))
+    chosen, largest = ((wide(states) * wide(F.embedding(ids, matrix).to(states.dtype))).sum(-1) / temperature for ids in (tokens, best))
     return Logits(chosen, largest, best)

@@ -1,6 +1,8 @@
 """Proximal policy optimization, clipped (Schulman et al. 2017, eq. 7), as used from human feedback (Ouyang et al. 2022).
 
-GRPO (Shao et al. 2024, eq. 3) is this surrogate over group-normalised scores, with the KL in the loss.
+GRPO (Shao et al. 2024, eq. 3) is this surrogate over group-normalised scores, with the KL in the loss. That paper
+averages within each completion first; here, as everywhere, the mean is over all tokens of the optimizer step, so that a
+token weighs the same in a long completion as in a short one (Yu et al. 2025, eq. 8).
 """
 
 from __future__ import annotations

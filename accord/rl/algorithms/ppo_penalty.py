@@ -22,12 +22,13 @@ from accord.rollout.scoring import Scored, kl_between, kl_rows
 class PPOPenalty(Algorithm):
     """J_KLPEN = E_t[r_t A_t - beta KL[pi_old(.|s_t), pi(.|s_t)]] (eq. 8), KL over the whole vocabulary.
 
-    After each rollout's updates: beta / 2 if the KL is below penalty_target / 1.5, beta * 2 if above 1.5 of it.
+    Before the next rollout's updates: beta / 2 if the KL is below penalty_target / 1.5, beta * 2 if above 1.5 of it.
     """
 
     def __init__(self, settings: RLSettings, policy: Policy, critic: ScalarModel | None) -> None:
         super().__init__(settings, policy, critic)
         self.beta = settings.penalty_beta
+        self.moved: float | None = None  # KL[old, new] of the last rollout's updates
 
     def old_model(self, policy: Policy) -> Model:
         return policy.snapshot()
@@ -44,20 +45,21 @@ class PPOPenalty(Algorithm):
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
         assert e.old_model is not None
+        if self.moved is not None:
+            self.beta = adapted(self.beta, self.moved, self.settings.penalty_target)
         stats = super().update(policy, critic, optimizer, e, step)
         s = self.settings
         kl = kl_between(e.old_model, policy.model, e.rollout, policy.split, policy.split, s.temperature, s.micro_batch_tokens)
         moved = float(masked_mean(kl, e.mask)) if bool(e.mask.any()) else 0.0
-        stats |= {"penalty_beta": self.beta, "kl_old_new": moved}
-        self.beta = adapted(self.beta, moved, s.penalty_target)
-        return stats
+        self.moved = moved
+        return {**stats, "penalty_beta": self.beta, "kl_old_new": moved}
 
     def about(self) -> dict[str, Any]:
-        return {**super().about(), "beta": self.beta}
+        return {**super().about(), "beta": self.beta, "moved": self.moved}
 
     def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         super().restore(tensors, about)
-        self.beta = float(about["beta"])
+        self.beta, self.moved = float(about["beta"]), about["moved"]
 
 
 def adapted(beta: float, kl: float, target: float) -> float:

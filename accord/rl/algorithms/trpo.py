@@ -36,13 +36,17 @@ class TRPO(Algorithm):
         return policy.snapshot()
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
-        stats = {} if not bool(e.mask.any()) else self.policy_step(policy, e)
-        if critic is not None:
-            stats |= value_steps(critic, optimizer, e, self.settings, step)
-        return stats
+        if not bool(e.mask.any()):
+            return {}
+        stats = self.policy_step(policy, e)
+        if stats is None:
+            optimizer.refuse()
+            return {"accepted": 0.0}
+        fitted = {} if critic is None else value_steps(critic, optimizer, e, self.settings, step)
+        return {**fitted, **stats}
 
-    def policy_step(self, policy: Policy, e: Experience) -> dict[str, float]:
-        """g, then x = F^-1 g, then the line search along sqrt(2 delta / x^T F x) x."""
+    def policy_step(self, policy: Policy, e: Experience) -> dict[str, float] | None:
+        """g, then x = F^-1 g, then the line search along sqrt(2 delta / x^T F x) x. None: a gradient is not finite."""
         s, parameters = self.settings, list(policy.trainable().values())
         before = parameters_to_vector(parameters).detach().clone()
         start, gradient = self.objective(policy, e, gradient=True)
@@ -50,11 +54,15 @@ class TRPO(Algorithm):
         def fisher(v: Tensor) -> Tensor:
             return fisher_vector_product(policy, e, v, s.temperature, s.micro_batch_tokens) + s.cg_damping * v
 
+        if not bool(torch.isfinite(gradient).all()):
+            return None
         direction = conjugate_gradient(fisher, gradient, s.cg_iterations)
+        if not bool(torch.isfinite(direction).all()):
+            return None
         curvature = float(direction @ fisher(direction))
         stats = {"objective/policy": start, "grad_norm/policy": float(gradient.norm()), "line_search": 0.0, "kl_old_new": 0.0}
-        if not curvature > 0 or not torch.isfinite(direction).all():
-            return stats | {"accepted": 0.0}  # no gradient at all, or none that is a number: stay
+        if not curvature > 0:
+            return stats | {"accepted": 0.0}  # no gradient at all: stay
         full = (2 * s.trust_region / curvature) ** 0.5 * direction
         for backtrack in range(BACKTRACKS):
             vector_to_parameters(before + 0.5**backtrack * full, parameters)

@@ -76,7 +76,19 @@ def make_environment(name: str) -> Environment:
         environment: Environment = getattr(importlib.import_module(module), attribute)()
     except Exception as error:
         raise UserError(f"Environment '{name}' could not be made: {type(error).__name__}: {error}") from None
+    return checked(environment)
+
+
+def checked(environment: Environment) -> Environment:
+    """The environment itself, if it has what one must have."""
+    name = getattr(environment, "name", type(environment).__name__)
     lacks = [n for n in ("name", "alphabet", "turn_tokens", "max_turns", "prompts", "start") if not hasattr(environment, n)]
     if lacks:
         raise UserError(f"Environment '{name}' lacks {', '.join(lacks)}; see accord.rollout.environments.Environment.")
+    for limit in ("turn_tokens", "max_turns"):
+        if not isinstance(value := getattr(environment, limit), int) or value < 1:
+            raise UserError(f"Environment '{name}': {limit} is {value!r}; it must be a whole number above 0.")
+    prompts = environment.prompts()
+    if not prompts or not all(isinstance(p, Prompt) for p in prompts):
+        raise UserError(f"Environment '{name}': prompts() must return a list of accord.Prompt with at least one.")
     return environment
