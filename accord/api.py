@@ -25,7 +25,7 @@ from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, build_reward
 from accord.reward.training import RewardReport, train_reward_model
 from accord.rl.algorithms import check_model
-from accord.rl.trainer import Outcome, train
+from accord.rl.trainer import Outcome, check_start, train
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Environment, checked, make_environment
 from accord.rollout.episodes import play
@@ -129,6 +129,7 @@ def train_rl(
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
     refuse_existing(folder)
     start = policy.frozen()
+    check_start(start, given, validation or [], s, world)
     source = build_reward(reward, start, s.reward_timeout, world.name if world else None)
     run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
     return run_rl(run, start, given, source, s, validation, world)
@@ -228,6 +229,7 @@ def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
         prompts, validation = split_validation(prompts, settings.prompts_per_step)
     policy = load_start(config["model"], settings.dtype, world)
     settings = for_model(settings, policy)
+    check_start(policy, prompts, validation, settings, world)
     reward = build_reward(config.get("reward"), policy, settings.reward_timeout, world.name if world else None)
     return Prepared(settings, policy, prompts, validation, reward, world)
 

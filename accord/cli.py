@@ -181,6 +181,9 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, 
         if not path.is_file():
             raise UserError(f"Config file {path} does not exist.")
         values = load_yaml(path.read_text(), str(path))
+        block = {"rl": "rl", "evaluate": "evaluation"}.get(arguments.command, "")
+        if "command" in values and isinstance(values.get(block), dict):  # the config.yaml of a run
+            values = values[block]
     values |= given(arguments, kind)
     return build(kind, values, arguments.config or f"accord {arguments.command}").model_dump()
 
@@ -309,7 +312,7 @@ def do_evaluate(arguments: argparse.Namespace) -> None:
         "prompts": arguments.prompts,
         "evaluation": values,
     }
-    refuse_existing(arguments.out)
+    refuse_existing(arguments.out, resumable=False)
     comparison = evaluate(load(arguments.model), load(arguments.against), prompts, arguments.reward, **values)
     run = Run.create(arguments.out, config)
     save_comparison(run.folder, comparison)

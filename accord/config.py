@@ -117,7 +117,7 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
             ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = f" (it is {first['input']!r})" if name else ""
-        end = "" if message.endswith("?") and not given else "."
+        end = "" if message.endswith(("?", ".")) and not given else "."
         raise UserError(f"{where}: {f'{name}: ' if name else ''}{message}{given}{end}") from None
 
 

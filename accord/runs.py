@@ -177,10 +177,11 @@ class Run:
                 write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
-def refuse_existing(folder: Path) -> None:
+def refuse_existing(folder: Path, resumable: bool = True) -> None:
     """A run never writes into what is there already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"Run folder {folder} already exists. Go on with it: accord resume {folder}; or choose another --out.")
+        go_on = f"Go on with it: accord resume {folder}; or choose" if resumable else "Choose"
+        raise UserError(f"Run folder {folder} already exists. {go_on} another --out.")
 
 
 def disk_error(folder: Path, error: OSError | SafetensorError) -> UserError:

@@ -474,9 +474,9 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
         rows = start.tokenizer.inner("ab" + text, return_tensors="pt")["input_ids"]
         logits = state.policy.model(rows)[0, -1]
         rollout = from_completions([(rows[0].tolist(), [0])], [Completion(Prompt("p", "ab"), "", True)], 0)
-        mine = float(values_before(state.critic, rollout)[0][0, -1])
+        mine = float(values_before(state.critic, rollout)[0][0, -1].detach())
         for a, expected in world.best(text).items():
-            got = mine + settings.q_scale * float(logits[vocabulary[a or "<|end|>"]] - logits.max())
+            got = mine + settings.q_scale * float((logits[vocabulary[a or "<|end|>"]] - logits.max()).detach())
             worst = max(worst, abs(got - expected))
     assert worst < 0.25
 

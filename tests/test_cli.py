@@ -172,6 +172,22 @@ def test_a_mistake_is_one_sentence(home, capsys, arguments, message):
     assert message in out, out
 
 
+def test_a_run_s_settings_are_a_config_and_a_skipping_reward_is_told(home, capsys):
+    (home / "mine.py").write_text("def none(p, c): return [None] * len(c)\ndef one(p, c): return [float(len(x)) for x in c]\n")
+    rl = ["rl", "--model", "model", "--prompts", "prompts.jsonl"]
+    assert accord(capsys, *rl, "--reward", "mine:one", "--out", "a", *RL)[0] == 0
+    code, _ = accord(capsys, *rl, "--reward", "mine:one", "--out", "b", "--config", "a/config.yaml", "--max-steps", "1")
+    assert code == 0 and "max_new_tokens: 6" in (home / "b" / "config.yaml").read_text()
+    code, out = accord(capsys, *rl, "--reward", "mine:none", "--out", "c", *RL)
+    assert code == 2 and "the reward skipped every completion" in out
+    code, out = accord(capsys, "evaluate", "--model", "model", "--prompts", "prompts.jsonl", "--out", "a")
+    assert code == 2 and "already exists. Choose another --out" in out
+    (home / "long.jsonl").write_text(json.dumps({"prompt": "x" * 500}) + "\n")
+    for words in (["--prompts", "long.jsonl", "--prompts-per-step", "1"], ["--top-layers", "9"], ["--prompts-per-step", "99"]):
+        assert accord(capsys, *rl, "--reward", "mine:one", "--out", "d", *words)[0] == 2
+        assert not (home / "d").exists(), words
+
+
 def test_a_mistake_leaves_no_run_folder(home, capsys):
     """So that the corrected command can use the same name."""
     common = ["rl", "--model", "model", "--prompts", "prompts.jsonl", "--out", "runs/x", *RL]

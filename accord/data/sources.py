@@ -101,7 +101,9 @@ def check_content(value: Any, place: str, field: str) -> Content:
             raise UserError(f"{place}: field '{field}' is empty; give the prompt some text or delete the row.")
         _check_unicode(value, place, field)
         return value
-    if not isinstance(value, list) or not value:
+    if value == []:
+        raise UserError(f"{place}: field '{field}' is empty; give at least the user's message or delete the row.")
+    if not isinstance(value, list):
         raise UserError(f"{place}: field '{field}' must be text or a list of messages; it is {type(value).__name__}.")
     messages = []
     for number, message in enumerate(value, 1):

@@ -64,7 +64,9 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"'{name}' is no local folder, and the Hugging Face hub did not give it: {first_line(error)}") from None
+        raise UserError(
+            f"'{name}' is no local folder, and the Hugging Face hub did not give it ({first_line(error)}). Check the name and the connection, or give a local folder."
+        ) from None
 
 
 def load_model(name: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoadedModel:

@@ -58,6 +58,24 @@ class Outcome:
     steps: int
 
 
+def check_start(
+    start: Policy, prompts: Sequence[Prompt], validation: Sequence[Prompt], settings: RLSettings, environment: Environment | None = None
+) -> None:
+    """Everything that can be refused before a run folder is made and a token is sampled."""
+    if len(prompts) < settings.prompts_per_step:
+        raise UserError(
+            f"{len(prompts)} training prompts are fewer than prompts_per_step ({settings.prompts_per_step}); add prompts or lower it."
+        )
+    if settings.stop_at_score is not None and not validation:
+        raise UserError("stop_at_score looks at the validation score, and there are no validation prompts; give --validation.")
+    room = settings.max_new_tokens if environment is None else environment.turn_tokens
+    for prompt in [*prompts, *validation]:
+        encode_checked(start, prompt, room)  # too long is told now, not at step 30
+    if isinstance(start.model, Transformer) and settings.top_layers > start.model.depth:
+        depth = start.model.depth
+        raise UserError(f"top_layers is {settings.top_layers}; this model has {depth} layers, so use 1 to {depth}.")
+
+
 def train(
     start: Policy,
     prompts: Sequence[Prompt],
@@ -72,15 +90,7 @@ def train(
     Continues from the run's latest checkpoint, if it has one, with the numbers an uninterrupted run would
     have had. With an ``environment``, a rollout is its episodes, and ``reward`` includes what it gives.
     """
-    if len(prompts) < settings.prompts_per_step:
-        raise UserError(
-            f"{len(prompts)} training prompts are fewer than prompts_per_step ({settings.prompts_per_step}); add prompts or lower it."
-        )
-    if settings.stop_at_score is not None and not validation:
-        raise UserError("stop_at_score looks at the validation score, and there are no validation prompts; give --validation.")
-    room = settings.max_new_tokens if environment is None else environment.turn_tokens
-    for prompt in [*prompts, *validation]:
-        encode_checked(start, prompt, room)  # too long is told now, not at step 30
+    check_start(start, prompts, validation, settings, environment)
     state = State.begin(start, reward, settings)
     policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
     saved = run.latest()
@@ -101,6 +111,8 @@ def train(
             clock.lap("rollout")
             try:
                 scored = score_rollout(policy, critic, reward, rollout, settings, guide, algorithm.old_model(policy))
+                if not bool(scored.valid.any()):
+                    raise UserError(f"Step {step}: the reward skipped every completion (None), so there is nothing to learn from.")
             except UserError:  # the reward failed: what was learned before this step is kept
                 if step > kept:
                     run.save(step, state.tensors(), state.about(None), None)
@@ -124,7 +136,8 @@ def train(
                     failed = error
                 clock.lap("validate")
             run.log(step, stats | clock.laps, rows_of(experience, step))
-            progress.advance(1, f"score {stats['score']:.2f} KL {stats['kl']:.1f} skipped {optimizer.skipped}")
+            left_out = f" updates not taken {optimizer.skipped}" if optimizer.skipped else ""
+            progress.advance(1, f"score {stats['score']:.2f} KL {stats['kl']:.1f}{left_out}")
             step += 1
             stopped = stop_reason(settings, step, stats)
             if step % settings.checkpoint_every == 0 or stopped or failed or stop_requested():
