@@ -19,19 +19,21 @@ from accord.reward.sources import build_reward
 from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go
 from accord.rl.algorithms import make_algorithm
 from accord.rl.algorithms.ppo_penalty import adapted
-from accord.rl.algorithms.trpo import TRPO, conjugate_gradient, fisher_vector_product
+from accord.rl.algorithms.trpo import TRPO
 from accord.rl.experience import score_rollout, values_before
 from accord.rl.explain import explain
 from accord.rl.masked import whiten
+from accord.rl.natural import conjugate_gradient, fisher_vector_product
 from accord.rl.optimize import Optimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, train
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Answer
+from accord.rollout.guides import Within
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import from_completions
-from accord.rollout.scoring import Guide, score
+from accord.rollout.scoring import score
 from accord.runs import Run
 
 WORLD = dict(
@@ -93,10 +95,10 @@ def test_the_moving_baseline_lags():
     e.scores = e.scores + 10
     got = algorithm.advantages(e, 0.0)
     assert float(got.advantages[1, column]) == pytest.approx(float(e.scores[1]) - first)
-    assert algorithm.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
+    assert algorithm.credit.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
     e.valid[:], e.mask[:] = False, False  # nothing was scored: nothing is learned about the average
     algorithm.advantages(e, 0.0)
-    assert algorithm.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
+    assert algorithm.credit.baseline == pytest.approx(0.9 * first + 0.1 * (first + 10))
 
 
 def test_equal_scores_teach_nothing():
@@ -207,7 +209,7 @@ def test_loss_and_gradient_equal_the_oracle(case, seed):
         guide = w.other
         w.old_restricted = restrict(w, w.logp(w.old), guide, w.settings.mask_top_p)
         restricted = w.picked(w.old_restricted)
-    e = w.experience(None if guide is None else Guide(guide, 0, w.settings.mask_top_p), restricted)
+    e = w.experience(None if guide is None else Within(guide, 0, w.settings.mask_top_p), restricted)
     if guide is not None:  # the KL speaks of the policy without its mask
         e.raw_logprobs = torch.where(t(w.mask), t(w.picked(w.logp(w.old))), 0.0)
         e.kl = e.raw_logprobs - e.ref_logprobs
@@ -559,7 +561,7 @@ def test_what_a_guide_samples_it_scores(tiny, prompts):
     other = tiny.adapt("full", 2, 4, 8.0, 0)
     for p in other.model.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    guide = Guide(other.snapshot(), 0, 0.5)
+    guide = Within(other.snapshot(), 0, 0.5)
     from accord.rollout.sampling import Sampling
 
     rollout = Engine(tiny, rows=3).sample(prompts[:4], 2, Sampling(0.9, max_new_tokens=8), guide=guide)

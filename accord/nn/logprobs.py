@@ -7,7 +7,7 @@ reference and the update all come through :func:`log_softmax_logits` with the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,23 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class LogitsProcessor(Protocol):
+    """Makes another distribution of the logits / temperature of N positions."""
+
+    @property
+    def slope(self) -> float:
+        """d output / d logits, the same for every token that stays in."""
+        ...
+
+    def apply(self, logits: Tensor, temperature: float, chosen: Tensor | None) -> Tensor:
+        """logits / temperature (N,V) -> (N,V). A token that was ``chosen`` (N,) stays in, whatever rounding says."""
+        ...
+
+    def at(self, rows: slice) -> LogitsProcessor:
+        """The same for some of the positions."""
+        ...
+
+
 class Nucleus(NamedTuple):
     """The tokens that another policy finds likely: at each of N positions its smallest set of mass ``top_p``."""
 
@@ -35,8 +52,59 @@ class Nucleus(NamedTuple):
     matrix: Tensor  # (V,D)
     top_p: float
 
-    def split(self, size: int) -> list[Nucleus]:
-        return [Nucleus(h, self.matrix, self.top_p) for h in self.hidden.split(size)]
+    @property
+    def slope(self) -> float:
+        return 1.0
+
+    def apply(self, logits: Tensor, temperature: float, chosen: Tensor | None) -> Tensor:
+        allowed = nucleus_set(log_softmax_logits(self.hidden, self.matrix, temperature), self.top_p)
+        if chosen is not None:
+            allowed = allowed.scatter(-1, chosen[:, None], True)
+        return logits.masked_fill(~allowed, EXCLUDED)
+
+    def at(self, rows: slice) -> Nucleus:
+        return self._replace(hidden=self.hidden[rows])
+
+
+class Contrast(NamedTuple):
+    """base * z_ref + strength * (z - z_ref): a reference's logits z_ref, moved towards the policy's z and beyond.
+
+    With ``base`` 1 this is a reference perturbed by the policy's advantages (Snell et al. 2022, sec. 4.3); strength 1
+    is then the policy itself. With ``base`` 0 it is the difference alone.
+    """
+
+    hidden: Tensor  # (N,D) the reference's final hidden states
+    matrix: Tensor  # (V,D)
+    strength: float
+    base: float = 1.0
+
+    @property
+    def slope(self) -> float:
+        return self.strength
+
+    def apply(self, logits: Tensor, temperature: float, chosen: Tensor | None) -> Tensor:
+        theirs = wide(self.hidden @ self.matrix.to(self.hidden.dtype).t()) / temperature
+        return self.base * theirs + self.strength * (logits - theirs)
+
+    def at(self, rows: slice) -> Contrast:
+        return self._replace(hidden=self.hidden[rows])
+
+
+class EpsilonGreedy(NamedTuple):
+    """The likeliest token with probability 1 - epsilon, else any token. It has no gradient."""
+
+    epsilon: float
+
+    @property
+    def slope(self) -> float:
+        return 0.0
+
+    def apply(self, logits: Tensor, temperature: float, chosen: Tensor | None) -> Tensor:
+        best = torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1 - self.epsilon)
+        return (best + self.epsilon / logits.shape[-1]).log()
+
+    def at(self, rows: slice) -> EpsilonGreedy:
+        return self
 
 
 def nucleus_set(logprobs: Tensor, top_p: float) -> Tensor:
@@ -47,21 +115,17 @@ def nucleus_set(logprobs: Tensor, top_p: float) -> Tensor:
 
 
 def log_softmax_logits(
-    hidden: Tensor, matrix: Tensor, temperature: float, nucleus: Nucleus | None = None, chosen: Tensor | None = None
+    hidden: Tensor, matrix: Tensor, temperature: float, processor: LogitsProcessor | None = None, chosen: Tensor | None = None
 ) -> Tensor:
     """log softmax(hidden @ matrix.T / temperature), fp32 (fp64 stays). hidden (N,D), matrix (V,D) -> (N,V).
 
-    With a ``nucleus``, over its tokens only. A token that was ``chosen`` (N,) is one of them even if rounding
-    says otherwise when the set is computed again.
+    With a ``processor``, of what it makes of the logits; ``chosen`` (N,) are the tokens that were drawn from that.
     """
     logits = wide(hidden @ matrix.to(hidden.dtype).t())
     if temperature != 1.0:
         logits = logits / temperature
-    if nucleus is not None:
-        allowed = nucleus_set(log_softmax_logits(nucleus.hidden, nucleus.matrix, temperature), nucleus.top_p)
-        if chosen is not None:
-            allowed = allowed.scatter(-1, chosen[:, None], True)
-        logits = logits.masked_fill(~allowed, EXCLUDED)
+    if processor is not None:
+        logits = processor.apply(logits, temperature, chosen)
     return torch.log_softmax(logits, dim=-1)
 
 
@@ -74,16 +138,16 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float, nucleus: Nucleus | None
+        ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float, processor: LogitsProcessor | None
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = [], []
-        for h, a, n in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(nucleus, len(tokens)), strict=True):
-            logp = log_softmax_logits(h, matrix, temperature, n, a)
+        for h, a, piece in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(processor, len(tokens)), strict=True):
+            logp = log_softmax_logits(h, matrix, temperature, piece, a)
             logprobs.append(logp.gather(-1, a[:, None])[:, 0])
             entropy.append(-(logp.exp() * logp).sum(-1))
         out = torch.cat(logprobs), torch.cat(entropy)
         ctx.save_for_backward(hidden, matrix, tokens, out[1])
-        ctx.temperature, ctx.nucleus = temperature, nucleus
+        ctx.temperature, ctx.processor = temperature, processor
         return out
 
     @staticmethod
@@ -93,24 +157,27 @@ class _TokenStats(torch.autograd.Function):
         weights = matrix.to(hidden.dtype)
         grad_hidden, grad_matrix = [], torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropy.any())
+        slope = (1.0 if ctx.processor is None else ctx.processor.slope) / ctx.temperature
         pieces = (t.split(CHUNK) for t in (hidden, tokens, entropy, grad_logprobs, grad_entropy))
-        for h, a, e, g, ge, n in zip(*pieces, _pieces(ctx.nucleus, len(tokens)), strict=True):
-            logp = log_softmax_logits(h, matrix, ctx.temperature, n, a)
+        for h, a, e, g, ge, piece in zip(*pieces, _pieces(ctx.processor, len(tokens)), strict=True):
+            logp = log_softmax_logits(h, matrix, ctx.temperature, piece, a)
             p = logp.exp()
             dz = p * (-g[:, None] - ge[:, None] * (logp + e[:, None])) if with_entropy else p.mul_(-g[:, None])
             dz.scatter_add_(-1, a[:, None], g[:, None])
-            dz = (dz / ctx.temperature).to(hidden.dtype)
+            dz = (dz * slope).to(hidden.dtype)
             grad_hidden.append(dz @ weights)
             if grad_matrix is not None:
                 grad_matrix += (dz.t() @ h).to(matrix.dtype)
         return torch.cat(grad_hidden), grad_matrix, None, None, None
 
 
-def _pieces(nucleus: Nucleus | None, positions: int) -> Sequence[Nucleus | None]:
-    return [None] * -(-positions // CHUNK) if nucleus is None else nucleus.split(CHUNK)
+def _pieces(processor: LogitsProcessor | None, positions: int) -> Sequence[LogitsProcessor | None]:
+    return [None if processor is None else processor.at(slice(i, i + CHUNK)) for i in range(0, positions, CHUNK)]
 
 
-def token_stats(hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float = 1.0, nucleus: Nucleus | None = None) -> TokenStats:
+def token_stats(
+    hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float = 1.0, processor: LogitsProcessor | None = None
+) -> TokenStats:
     """Log-probability of ``tokens`` and entropy of the distribution they were drawn from.
 
     Args:
@@ -118,14 +185,14 @@ def token_stats(hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: flo
         matrix: (V,D) output matrix.
         tokens: (N,) int64, the tokens chosen.
         temperature: the sampling temperature; logits are divided by it.
-        nucleus: the tokens that could be drawn, if not all; its own states get no gradient.
+        processor: what makes another distribution of the logits; its own states get no gradient.
 
     Differentiable in ``hidden`` and ``matrix``; memory does not depend on N x V.
     """
     if not len(tokens):
         empty = hidden.new_zeros(0, dtype=torch.float32)
         return TokenStats(empty, empty)
-    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature, nucleus))
+    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature, processor))
 
 
 class _ExactKL(torch.autograd.Function):

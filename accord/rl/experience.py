@@ -13,9 +13,10 @@ from accord.reward.model import ScalarModel
 from accord.reward.sources import Reward
 from accord.rl.kl import kl_estimate
 from accord.rl.settings import RLSettings
+from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, micro_batches
-from accord.rollout.scoring import Guide, kl_between, score, trunk_of
+from accord.rollout.scoring import kl_between, score, trunk_of
 
 
 @dataclass

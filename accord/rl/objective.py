@@ -61,6 +61,16 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, count: T
     return masked_mean(torch.where(mask, logprobs, 0.0) * advantages.detach(), mask, count)
 
 
+def step_sizes(log_ratio: Tensor, mask: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """How far the policy has moved from the one that sampled, a token: mean |ratio - 1|, and the k3 estimate of KL[old, new]. log_ratio (B,T)."""
+    with torch.no_grad():
+        log_ratio = torch.where(mask, log_ratio, 0.0)
+        return {
+            "ratio_error": masked_mean((log_ratio.exp() - 1).abs(), mask, count),
+            "kl_old_new": masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count),
+        }
+
+
 class ValueLoss(NamedTuple):
     loss: Tensor  # scalar, L_VF, to be minimised
     clip_fraction: Tensor  # scalar

@@ -28,10 +28,10 @@ from accord.rl.watch import Watch, measure
 from accord.rollout.engine import Engine, encode_checked
 from accord.rollout.environments import Environment
 from accord.rollout.episodes import play
+from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
-from accord.rollout.scoring import Guide
 
 
 class Saved(NamedTuple):

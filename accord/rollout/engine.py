@@ -13,12 +13,12 @@ from torch import Tensor
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
-from accord.nn.logprobs import Nucleus, log_softmax_logits
+from accord.nn.logprobs import LogitsProcessor, log_softmax_logits
 from accord.rollout.decoder import Decoder
+from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling, draw, restrict, uniforms
-from accord.rollout.scoring import Guide
 from accord.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -51,7 +51,7 @@ class Engine:
         Args:
             keep_trunk: store the activations at the policy's split for every token, so that scoring and
                 updates need not compute the trunk again.
-            guide: restricts every token to what another model finds likely.
+            guide: makes another distribution of the policy's, which is then sampled.
 
         Raises:
             UserError: a prompt and its completion do not fit the model's context.
@@ -89,10 +89,10 @@ class Engine:
         luck = uniforms(sampling.seed, names, sampling.max_new_tokens).to(out.tokens.device)
         report = on_progress or (lambda done, tokens: None)
         if self._decoder is None:
-            if guide is not None:
-                raise UserError("A mask policy (nlpo) needs a model that accord computes itself; use ppo for this one.")
+            if guide is not None and guide.model is not None:
+                raise UserError("A second model at decoding (nlpo, a reference) needs a model that accord computes itself.")
             for start in range(0, len(jobs), self.rows):
-                _decode_foreign(self.policy, out, range(start, min(start + self.rows, len(jobs))), luck, sampling, report)
+                _decode_foreign(self.policy, out, range(start, min(start + self.rows, len(jobs))), luck, sampling, report, guide)
         else:
             self._decoder.refresh()
             self._decode(out, luck, sampling, report, guide)
@@ -101,8 +101,9 @@ class Engine:
     def _decode(self, out: _Output, luck: Tensor, sampling: Sampling, report: Progress, guide: Guide | None) -> None:
         assert self._decoder is not None
         decoders, device = [self._decoder], out.tokens.device
-        if guide is not None:
-            assert not isinstance(guide.model, ForeignModel)
+        if guide is not None and guide.model is not None:
+            if isinstance(guide.model, ForeignModel):
+                raise UserError("A second model at decoding (nlpo, a reference) needs a model that accord computes itself.")
             decoders.append(Decoder(guide.model, self._decoder))
         queue = deque(range(len(out.jobs)))
         rows = min(self.rows, len(queue))
@@ -126,8 +127,8 @@ class Engine:
             active = job_of >= 0
             job = job_of.clamp(min=0)
             count = out.counts[job]
-            nucleus = None if guide is None else Nucleus(hidden[1], decoders[1].matrix, guide.top_p)
-            logprobs, tokens = choose(hidden[0], decoders[0].matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling, nucleus)
+            processor = None if guide is None else guide.processor(hidden[-1], decoders[-1].matrix)
+            logprobs, tokens = choose(hidden[0], decoders[0].matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling, processor)
             position = out.lengths[job] + count
             done = torch.isin(tokens, eos)
             out.record(job[active], position[active], tokens[active], logprobs[active], done[active])
@@ -158,9 +159,11 @@ def _fill(decoders: list[Decoder], out: _Output, jobs: list[int], free: Tensor, 
     return rows, job_ids
 
 
-def choose(hidden: Tensor, matrix: Tensor, luck: Tensor, sampling: Sampling, nucleus: Nucleus | None = None) -> tuple[Tensor, Tensor]:
+def choose(
+    hidden: Tensor, matrix: Tensor, luck: Tensor, sampling: Sampling, processor: LogitsProcessor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw a token a row and give its log-probability under the distribution it was drawn from."""
-    logprobs = log_softmax_logits(hidden, matrix, sampling.temperature or 1.0, nucleus)
+    logprobs = log_softmax_logits(hidden, matrix, sampling.temperature or 1.0, processor)
     if sampling.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
@@ -263,7 +266,9 @@ def encode_checked(policy: Reader, prompt: Prompt, room: int) -> list[int]:
     return ids
 
 
-def _decode_foreign(policy: Policy, out: _Output, job_range: range, luck: Tensor, sampling: Sampling, report: Progress) -> None:
+def _decode_foreign(
+    policy: Policy, out: _Output, job_range: range, luck: Tensor, sampling: Sampling, report: Progress, guide: Guide | None
+) -> None:
     """Static batches through ``transformers``' own cache, left-padded."""
     model, device = policy.model, policy.device
     assert isinstance(model, ForeignModel)
@@ -281,7 +286,13 @@ def _decode_foreign(policy: Policy, out: _Output, job_range: range, luck: Tensor
     for _ in range(sampling.max_new_tokens):
         hidden, cache = model.advance(tokens, positions, mask, cache)
         count = out.counts[job]
-        logprobs, chosen = choose(hidden, matrix, luck[job, count.clamp(max=luck.shape[1] - 1)], sampling)
+        logprobs, chosen = choose(
+            hidden,
+            matrix,
+            luck[job, count.clamp(max=luck.shape[1] - 1)],
+            sampling,
+            None if guide is None else guide.processor(hidden, matrix),
+        )
         done = torch.isin(chosen, eos)
         at = lengths + count
         out.record(job[active], at[active], chosen[active], logprobs[active], done[active])

@@ -12,9 +12,9 @@ from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.rollout.engine import Engine, encode_checked
 from accord.rollout.environments import Environment, Game
+from accord.rollout.guides import Guide
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
-from accord.rollout.scoring import Guide
 
 
 @dataclass

@@ -3,7 +3,6 @@ reference, old log-probabilities and the update."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model
-from accord.nn.logprobs import Nucleus, exact_kl, token_stats
+from accord.nn.logprobs import LogitsProcessor, exact_kl, token_stats
 from accord.nn.transformer import Transformer
+from accord.rollout.guides import Guide
 from accord.rollout.rollout import Rollout, micro_batches
 
 
@@ -48,36 +48,27 @@ def spread(values: Tensor, rollout: Rollout) -> Tensor:
     return torch.zeros(chosen.shape, device=chosen.device, dtype=values.dtype).masked_scatter(chosen, values)
 
 
-@dataclass(frozen=True)
-class Guide:
-    """Restricts a policy to the tokens that another model finds likely: its smallest set of mass ``top_p``.
-
-    Attributes:
-        model, split: that model, and where its trunk is shared with the policy's.
-    """
-
-    model: Model
-    split: int
-    top_p: float
-
-    @torch.no_grad()
-    def nucleus(self, rollout: Rollout) -> Nucleus:
-        return Nucleus(states_of(self.model, rollout, self.split), self.model.output_matrix, self.top_p)
-
-
-def score_states(model: Model, rollout: Rollout, states: Tensor, temperature: float, nucleus: Nucleus | None = None) -> Scored:
+def score_states(model: Model, rollout: Rollout, states: Tensor, temperature: float, processor: LogitsProcessor | None = None) -> Scored:
     """Log-probability and entropy at every response token, of the distribution before it. Differentiable.
 
     ``temperature`` is the one the tokens were sampled at: the policy *is* the tempered distribution.
     """
-    stats = token_stats(states, model.output_matrix, rollout.tokens[rollout.response_mask], temperature, nucleus)
+    stats = token_stats(states, model.output_matrix, rollout.tokens[rollout.response_mask], temperature, processor)
     return Scored(spread(stats.logprobs, rollout), spread(stats.entropy, rollout))
+
+
+@torch.no_grad()
+def processor_of(guide: Guide, rollout: Rollout) -> LogitsProcessor:
+    """What the guide makes of the logits before each response token."""
+    if guide.model is None:
+        return guide.processor(torch.empty(0), torch.empty(0))
+    return guide.processor(states_of(guide.model, rollout, guide.split), guide.model.output_matrix)
 
 
 def score_rows(model: Model, rollout: Rollout, split: int, temperature: float, guide: Guide | None = None) -> Scored:
     """:func:`score_states` from the tokens."""
-    nucleus = None if guide is None else guide.nucleus(rollout)
-    return score_states(model, rollout, states_of(model, rollout, split), temperature, nucleus)
+    processor = None if guide is None else processor_of(guide, rollout)
+    return score_states(model, rollout, states_of(model, rollout, split), temperature, processor)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What algorithms have in common: advantages from rewards, the three other terms of the objective, the update loop.
+"""What algorithms have in common: the three other terms of the objective and the update loop.
 
 A policy-gradient algorithm is this class with its own :meth:`Algorithm.surrogate`. One that learns otherwise
 (trust regions, Q-values) overrides what differs.
@@ -7,7 +7,6 @@ A policy-gradient algorithm is this class with its own :meth:`Algorithm.surrogat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,36 +15,33 @@ from torch import Tensor
 
 from accord.nn.loading import Model
 from accord.reward.model import ScalarModel
-from accord.rl.advantages import gae, group_normalised, leave_one_out, returns_to_go
+from accord.rl.credit import Credit
 from accord.rl.experience import Experience, values_before
 from accord.rl.kl import kl_estimate
-from accord.rl.masked import masked_mean, masked_sum, whiten
+from accord.rl.masked import masked_mean
 from accord.rl.objective import entropy_bonus, value_loss
 from accord.rl.optimize import Optimizer, means
-from accord.rl.rewards import token_rewards
 from accord.rl.settings import RLSettings
+from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
-from accord.rollout.scoring import Guide, Scored, kl_rows, score_states, states_of
+from accord.rollout.scoring import Scored, kl_rows, processor_of, score_states, states_of
 
 
 class Algorithm:
     """J(theta) = surrogate + c2 * S - c1 * L_VF - kl_coef * KL (the last one if ``kl_in`` is ``loss``).
 
     Each term is logged as it stands in that sum (``term/...``).
-
-    Attributes:
-        baseline: moving average of the completions' returns (from their first token), for Monte-Carlo advantages; None before the first.
     """
 
     def __init__(self, settings: RLSettings, policy: Policy, critic: ScalarModel | None) -> None:
         del policy, critic
         self.settings = settings
-        self.baseline: float | None = None
+        self.credit = Credit(settings)
 
     # What is asked of the rollout.
 
     def guide(self) -> Guide | None:
-        """What restricts the tokens while sampling and scoring; None is nothing."""
+        """What makes another distribution of the policy's while sampling and scoring; None is nothing."""
         return None
 
     def old_model(self, policy: Policy) -> Model | None:
@@ -53,46 +49,9 @@ class Algorithm:
         del policy
         return None
 
-    # From scores to advantages.
-
-    def rewards(self, e: Experience, kl_coef: float) -> Tensor:
-        """(B,T): the score on the last token, what an environment gave at its turns' ends, minus the KL penalty if that stands here."""
-        s, rollout, given = self.settings, e.rollout, e.rollout.step_rewards
-        in_reward = kl_coef if s.kl_in == "reward" else 0.0
-        rewards = token_rewards(
-            e.scores if given is None else e.scores - given.sum(-1), e.kl, e.mask, rollout.last, in_reward, rollout.finished,
-            s.truncation, s.truncation_penalty, s.gamma, e.final_values,
-        )  # fmt: skip
-        if given is not None:
-            rewards = rewards + given
-        return rewards.masked_fill(~e.mask, 0.0)  # a skipped row has none
-
     def advantages(self, e: Experience, kl_coef: float) -> Experience:
         """Fill in rewards, advantages and returns (the critic's target)."""
-        s, rewards = self.settings, self.rewards(e, kl_coef)
-        if s.advantage == "gae":
-            advantages, returns = gae(rewards, e.values, e.mask, s.gamma, s.gae_lambda)
-        elif s.advantage == "monte_carlo":
-            returns = returns_to_go(rewards, e.mask, s.gamma)
-            advantages = torch.where(e.mask, returns - self._moving_baseline(returns, e), 0.0)
-        else:
-            form = leave_one_out if s.advantage == "leave_one_out" else group_normalised
-            returns = returns_to_go(rewards, e.mask, s.gamma)
-            advantages = torch.where(e.mask, form(rewards.sum(-1), e.rollout.group, e.valid)[:, None], 0.0)
-        if s.whiten_advantages:
-            advantages = whiten(advantages, e.mask)
-        return replace(e, rewards=rewards, advantages=advantages, returns=returns, kl_coef=kl_coef)
-
-    def _moving_baseline(self, returns: Tensor, e: Experience) -> float:
-        """The average before this rollout, so that it does not depend on the actions it judges; then take it in."""
-        if not bool(e.valid.any()):
-            return self.baseline or 0.0
-        first = e.mask.to(torch.uint8).argmax(-1, keepdim=True)
-        mean = float(returns.gather(1, first)[e.valid].mean())
-        before = mean if self.baseline is None else self.baseline
-        decay = self.settings.baseline_decay
-        self.baseline = decay * before + (1 - decay) * mean
-        return before
+        return self.credit.assign(e, kl_coef)
 
     # The loss.
 
@@ -104,8 +63,8 @@ class Algorithm:
         """-J(theta) over these rows' share of the ``count`` response tokens of the optimizer step."""
         s, mask = self.settings, rows.mask
         states = states_of(policy.model, rows.rollout, policy.split)
-        nucleus = None if rows.guide is None else rows.guide.nucleus(rows.rollout)
-        scored = score_states(policy.model, rows.rollout, states, s.temperature, nucleus)
+        processor = None if rows.guide is None else processor_of(rows.guide, rows.rollout)
+        scored = score_states(policy.model, rows.rollout, states, s.temperature, processor)
         surrogate, stats = self.surrogate(scored, rows, count)
         entropy = entropy_bonus(scored.entropy, mask, count)
         terms = {"surrogate": surrogate, "entropy": s.entropy_coef * entropy}
@@ -149,18 +108,8 @@ class Algorithm:
         return {}
 
     def about(self) -> dict[str, Any]:
-        return {"baseline": self.baseline}
+        return {"baseline": self.credit.baseline}
 
     def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         del tensors
-        self.baseline = about["baseline"]
-
-
-def step_sizes(log_ratio: Tensor, mask: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that sampled, a token."""
-    with torch.no_grad():
-        log_ratio = torch.where(mask, log_ratio, 0.0)
-        return {
-            "ratio_error": masked_sum((log_ratio.exp() - 1).abs(), mask) / count,
-            "kl_old_new": masked_sum(torch.expm1(log_ratio) - log_ratio, mask) / count,
-        }
+        self.credit.baseline = about["baseline"]

@@ -12,26 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accord.nn.loading import Model
-from accord.nn.logprobs import CHUNK, wide
 from accord.reward.model import ScalarModel
 from accord.rl.advantages import n_step_targets, returns_to_go
 from accord.rl.algorithms.base import Algorithm
 from accord.rl.experience import Experience, add_trunk, values_before
 from accord.rl.masked import masked_mean
 from accord.rl.optimize import Optimizer, means
+from accord.rl.qvalues import logits_at
 from accord.rl.replay import Replay
 from accord.rl.settings import RLSettings
 from accord.rollout.policy import Policy, snapshot_of
 from accord.rollout.rollout import micro_batches
-from accord.rollout.scoring import spread, states_of
+from accord.rollout.scoring import spread
 
 
 class DQN(Algorithm):
@@ -49,7 +48,7 @@ class DQN(Algorithm):
 
     def advantages(self, e: Experience, kl_coef: float) -> Experience:
         """Rewards; the returns are for looking at."""
-        rewards = self.rewards(e, kl_coef)
+        rewards = self.credit.rewards(e, kl_coef)
         return replace(e, rewards=rewards, returns=returns_to_go(rewards, e.mask, self.settings.gamma), kl_coef=kl_coef)
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
@@ -102,22 +101,3 @@ class DQN(Algorithm):
             parameters = dict(module.named_parameters())
             for n in self._trained[name]:
                 parameters[n].data.copy_(tensors[f"target/{name}/{n}"])
-
-
-class Logits(NamedTuple):
-    """For the N response tokens of some rows."""
-
-    chosen: Tensor  # (N,) z of the token asked for
-    largest: Tensor  # (N,) z of the likeliest token
-    best: Tensor  # (N,) int64, which one that is
-
-
-def logits_at(model: Model, rows: Experience, split: int, temperature: float, tokens: Tensor | None = None) -> Logits:
-    """Two logits a position, without the others in memory. ``tokens`` (N,), by default those of the rollout. Differentiable."""
-    states, matrix = states_of(model, rows.rollout, split), model.output_matrix
-    tokens = rows.rollout.tokens[rows.rollout.response_mask] if tokens is None else tokens
-    with torch.no_grad():
-        weights = matrix.to(states.dtype).t()
-        best = torch.cat([(h @ weights).argmax(-1) for h in states.split(CHUNK)])
-    chosen, largest = ((wide(states) * wide(F.embedding(ids, matrix).to(states.dtype))).sum(-1) / temperature for ids in (tokens, best))
-    return Logits(chosen, largest, best)

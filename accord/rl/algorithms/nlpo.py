@@ -17,8 +17,8 @@ from accord.rl.algorithms.ppo import PPO
 from accord.rl.experience import Experience
 from accord.rl.optimize import Optimizer
 from accord.rl.settings import RLSettings
+from accord.rollout.guides import Within
 from accord.rollout.policy import Policy
-from accord.rollout.scoring import Guide
 
 
 class NLPO(PPO):
@@ -30,8 +30,8 @@ class NLPO(PPO):
         self._trained = list(policy.trainable())
         self._mask = policy.snapshot()
 
-    def guide(self) -> Guide:
-        return Guide(self._mask, self._split, self.settings.mask_top_p)
+    def guide(self) -> Within:
+        return Within(self._mask, self._split, self.settings.mask_top_p)
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
         stats = super().update(policy, critic, optimizer, e, step)

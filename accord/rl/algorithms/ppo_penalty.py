@@ -9,10 +9,10 @@ from torch import Tensor
 
 from accord.nn.loading import Model
 from accord.reward.model import ScalarModel
-from accord.rl.algorithms.base import Algorithm, step_sizes
+from accord.rl.algorithms.base import Algorithm
 from accord.rl.experience import Experience
 from accord.rl.masked import masked_mean
-from accord.rl.objective import ratio_surrogate
+from accord.rl.objective import ratio_surrogate, step_sizes
 from accord.rl.optimize import Optimizer
 from accord.rl.settings import RLSettings
 from accord.rollout.policy import Policy

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from accord.rl.algorithms.base import Algorithm, step_sizes
+from accord.rl.algorithms.base import Algorithm
 from accord.rl.experience import Experience
-from accord.rl.objective import policy_gradient
+from accord.rl.objective import policy_gradient, step_sizes
 from accord.rollout.scoring import Scored
 
 
