@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from accord.config import RLSettings, SampleSettings, build
-from accord.data.pairs import grouped_pairs
-from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import read_completions, read_prompts, write_jsonl
+from accord.data.pairs import grouped_pairs, scored_by_rank
+from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
+from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings, write_jsonl
 from accord.errors import UserError
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
@@ -29,6 +29,7 @@ from accord.rl.trainer import Outcome, check_start, train
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Environment, checked, make_environment
 from accord.rollout.episodes import play
+from accord.rollout.guides import Perturb
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
@@ -43,14 +44,19 @@ def load(name: str = "smollm2-135m-instruct", dtype: str = "auto") -> Policy:
     return Policy.load(name, dtype)
 
 
-def sample(policy: Policy, prompts: Sequence[Prompt], on_chunk: Any = None, **settings: Any) -> list[Completion]:
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], on_chunk: Any = None, *, reference: Policy | None = None, **settings: Any
+) -> list[Completion]:
     """K completions of each prompt, in the order of the prompts.
 
     Args:
         on_chunk: called with the completions of every 64 prompts as they are done.
+        reference: sample from this policy moved by ``strength`` times what ``policy`` has learned since, logit by logit:
+            z_ref + strength * (z - z_ref). 0 is the reference, 1 the policy, above 1 is further than it went.
         settings: fields of :class:`accord.config.SampleSettings`, such as ``per_prompt=4``.
     """
     s = build(SampleSettings, settings, "sample")
+    guide = perturbed(policy, reference, s.strength)
     engine, out = Engine(policy, s.rows), []
     with bar("Sampling", len(prompts) * s.per_prompt) as progress:
         tokens, clock = 0, time.perf_counter()
@@ -63,11 +69,22 @@ def sample(policy: Policy, prompts: Sequence[Prompt], on_chunk: Any = None, **se
 
         for start in range(0, len(prompts), CHUNK):
             safe_point("Completions so far are written.")
-            chunk = engine.sample(prompts[start : start + CHUNK], s.per_prompt, s.sampling(), on_progress=advance)
+            chunk = engine.sample(prompts[start : start + CHUNK], s.per_prompt, s.sampling(), on_progress=advance, guide=guide)
             out.extend(chunk.completions())
             if on_chunk is not None:
                 on_chunk(chunk.completions())
     return out
+
+
+def perturbed(policy: Policy, reference: Policy | None, strength: float) -> Perturb | None:
+    """The guide that moves a reference by ``strength`` times what the policy has learned; None without a reference."""
+    if reference is None:
+        if strength != 1:
+            raise UserError("strength says how far to move from a reference to the model; give the reference too.")
+        return None
+    if reference.tokenizer.fingerprint != policy.tokenizer.fingerprint:
+        raise UserError("The model and its reference have different tokenizers; take the model it was trained from.")
+    return Perturb(reference.model, 0, strength)
 
 
 def by_prompt(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
@@ -101,6 +118,7 @@ def train_rl(
     reward: Any = None,
     *,
     environment: str | Environment | None = None,
+    completions: str | Path | Sequence[Logged] | RankedCompletions | None = None,
     out: str | Path | None = None,
     validation: Sequence[Prompt] | None = None,
     **settings: Any,
@@ -112,6 +130,8 @@ def train_rl(
             ``module:function``, ``classifier:NAME``, or a list of these with weights (``0.5*NAME``).
         environment: where episodes come from (:mod:`accord.rollout.environments`): its name or the object. It brings
             its prompts and its reward; ``reward`` is added to it.
+        completions: what an offline algorithm (ilql) learns from: completions with scores, or with rankings, or a file.
+            ``reward`` and ``validation`` are then only for the validation score.
         out: run folder, new; by default ``runs/rl-DATE-TIME``.
         validation: prompts for the validation score; by default a tenth of ``prompts``, by id.
         settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
@@ -119,8 +139,11 @@ def train_rl(
     s = build(RLSettings, settings, "rl")
     world = make_environment(environment) if isinstance(environment, str) else environment and checked(environment)
     s = for_model(s, policy)
-    given = start_prompts(world, prompts, s)
-    if world is not None and validation is None:
+    logged = logged_completions(completions)
+    given = [] if logged else start_prompts(world, prompts, s)
+    if logged:
+        validation = validation_of(reward, world, validation)
+    elif world is not None and validation is None:
         validation = given
     elif validation is None:
         given, validation = split_validation(given, s.prompts_per_step)
@@ -129,10 +152,39 @@ def train_rl(
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
     refuse_existing(folder)
     start = policy.frozen()
-    check_start(start, given, validation or [], s, world)
-    source = build_reward(reward, start, s.reward_timeout, world.name if world else None)
+    check_start(start, given, validation or [], s, world, logged)
+    source = judge(reward, start, s, world, logged)
     run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
-    return run_rl(run, start, given, source, s, validation, world)
+    return run_rl(run, start, given, source, s, validation, world, logged)
+
+
+def judge(reward: Any, start: Policy, settings: RLSettings, environment: Environment | None, logged: Sequence[Logged]) -> Reward:
+    """What scores completions. With logged ones, which have their scores, there may be no other."""
+    if logged and reward is None and environment is None:
+        return Reward([])
+    return build_reward(reward, start, settings.reward_timeout, environment.name if environment else None)
+
+
+def validation_of(reward: Any, environment: Environment | None, validation: Sequence[Prompt] | None) -> list[Prompt]:
+    """The validation prompts of offline training: those given, or the environment's; none where nothing could score them."""
+    if environment is not None:
+        return list(validation or environment.prompts())
+    if validation and reward is None:
+        raise UserError("Validation prompts need a reward that scores their completions; give one, or leave them out.")
+    return list(validation or [])
+
+
+def logged_completions(given: str | Path | Sequence[Logged] | RankedCompletions | None, rankings: str | None = None) -> list[Logged]:
+    """Completions with scores: as given, or of a file, or by how they were ranked."""
+    if given is None:
+        if rankings:
+            raise UserError("--rankings speak of completions; give them too: --completions FILE.")
+        return []
+    if isinstance(given, RankedCompletions):
+        return scored_by_rank(given.completions, given.rankings)
+    if isinstance(given, (str, Path)):
+        return scored_by_rank(read_completions(given, with_tokens=False), read_rankings(rankings)) if rankings else read_logged(given)
+    return list(given)
 
 
 def start_prompts(environment: Environment | None, prompts: Sequence[Prompt] | str | Path | None, settings: RLSettings) -> list[Prompt]:
@@ -153,10 +205,11 @@ def run_rl(
     settings: RLSettings,
     validation: Sequence[Prompt],
     environment: Environment | None = None,
+    logged: Sequence[Logged] = (),
 ) -> Outcome:
     """Train within an open run, save the aligned policy to its ``policy/``, and close the reward."""
     try:
-        outcome = train(policy, prompts, reward, settings, run, validation, environment)
+        outcome = train(policy, prompts, reward, settings, run, validation, environment, logged)
     finally:
         reward.close()
     outcome.policy.save(run.folder / "policy")
@@ -176,7 +229,7 @@ def evaluate(aligned: Policy, against: Policy, prompts: Sequence[Prompt], reward
             source.close()
 
 
-def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], **settings: Any) -> int:
+def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], reference: Policy | None = None, **settings: Any) -> int:
     """Write completions to a JSONL file, 64 prompts at a time; prompts that are in it already are left out."""
     repair_lines(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +249,7 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], **settings:
             handle.write("".join(json.dumps({**c.to_json(), "tokens": c.tokens}, ensure_ascii=False) + "\n" for c in chunk))
 
     if todo:
-        sample(policy, todo, append, **settings)
+        sample(policy, todo, append, reference=reference, **settings)
     return sum(len(group) for group in have.values()) + len(todo) * per_prompt
 
 
@@ -210,18 +263,24 @@ class Prepared:
     validation: list[Prompt]
     reward: Reward
     environment: Environment | None = None
+    logged: Sequence[Logged] = ()
 
 
 def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
     """Open what a run's ``config.yaml`` names: model, prompts or environment, reward."""
     world = make_environment(config["environment"]) if config.get("environment") else None
-    needed = ("model", "rl") if world is not None else ("model", "prompts", "reward", "rl")
+    offline = bool(config.get("completions"))
+    needed = ("model", "rl") if world is not None or offline else ("model", "prompts", "reward", "rl")
     missing = next((key for key in needed if not config.get(key)), None)
     if missing:
         raise UserError(f"{where} has no '{missing}'; only runs that were started with accord rl can be resumed this way.")
     settings = build(RLSettings, config["rl"], where)
-    prompts = start_prompts(world, config.get("prompts"), settings)
-    if config.get("validation"):
+    logged = logged_completions(config.get("completions"), config.get("rankings"))
+    prompts = [] if offline else start_prompts(world, config.get("prompts"), settings)
+    if offline:
+        given = read_prompts(config["validation"]) if config.get("validation") else None
+        validation = validation_of(config.get("reward"), world, given)
+    elif config.get("validation"):
         validation = read_prompts(config["validation"])
     elif world is not None:
         validation = world.prompts()
@@ -229,9 +288,9 @@ def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
         prompts, validation = split_validation(prompts, settings.prompts_per_step)
     policy = load_start(config["model"], settings.dtype, world)
     settings = for_model(settings, policy)
-    check_start(policy, prompts, validation, settings, world)
-    reward = build_reward(config.get("reward"), policy, settings.reward_timeout, world.name if world else None)
-    return Prepared(settings, policy, prompts, validation, reward, world)
+    check_start(policy, prompts, validation, settings, world, logged)
+    reward = judge(config.get("reward"), policy, settings, world, logged)
+    return Prepared(settings, policy, prompts, validation, reward, world, logged)
 
 
 def for_model(settings: RLSettings, policy: Policy) -> RLSettings:
@@ -270,7 +329,7 @@ def play_episodes(policy: Policy, environment: str | Environment, episodes: int 
 def finish_rl(run: Run, prepared: Prepared) -> Outcome:
     """Train, or go on training, and write policy and report."""
     p = prepared
-    outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation, p.environment)
+    outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation, p.environment, p.logged)
     write_report(run.folder)
     return outcome
 

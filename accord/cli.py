@@ -94,6 +94,9 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     sample.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
     sample.add_argument("--prompts", required=True, help="prompts: .jsonl, .json, .parquet, .txt or hf:ORG/NAME")
+    sample.add_argument(
+        "--reference", help="decode from this model moved by --strength towards --model and beyond (see docs/algorithms.md, ilql)"
+    )
     sample.add_argument("--out", type=Path, required=True, help="file to write; if it exists, sampling goes on after it")
 
     reward = command(
@@ -130,6 +133,12 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         metavar="[WEIGHT*]SPEC",
         help="FOLDER of a reward model, package.module:function, or classifier:NAME[@LABEL]; repeat for a weighted list",
     )
+    rl.add_argument(
+        "--completions",
+        help="what an offline algorithm (ilql) learns from: completions with a score each, such as a run's completions.jsonl; "
+        "--reward is then for the validation only",
+    )
+    rl.add_argument("--rankings", help="instead of scores: raw rankings of --completions (from accord sample)")
     rl.add_argument("--validation", help="prompts for the validation score [a tenth of --prompts]")
     rl.add_argument("--out", type=Path, required=True, help="run folder")
 
@@ -235,7 +244,8 @@ def do_sample(arguments: argparse.Namespace) -> None:
 
     values = settings(arguments, SampleSettings)
     prompts = read_prompts(arguments.prompts)
-    count = sample_to(arguments.out, load(arguments.model), prompts, **values)
+    reference = load(arguments.reference) if arguments.reference else None
+    count = sample_to(arguments.out, load(arguments.model), prompts, reference=reference, **values)
     console.print(f"{count} completions in {arguments.out}", soft_wrap=True)
 
 
@@ -273,14 +283,18 @@ def do_rl(arguments: argparse.Namespace) -> None:
         "model": arguments.model,
         "prompts": arguments.prompts,
         "environment": arguments.environment,
+        "completions": arguments.completions,
+        "rankings": arguments.rankings,
         "validation": arguments.validation,
         "reward": arguments.reward,
         "rl": settings(arguments, RLSettings),
     }
-    if arguments.environment is None:
+    if arguments.environment is None and arguments.completions is None and arguments.rankings is None:
         for name in ("prompts", "reward"):
             if config[name] is None:
-                raise UserError(f"accord rl needs --{name} (or --environment, which brings prompts and a reward). See accord rl --help.")
+                raise UserError(
+                    f"accord rl needs --{name} (or --environment, which brings prompts and a reward; or, offline, --completions). See accord rl --help."
+                )
     refuse_existing(arguments.out)
     prepared = prepare_rl(config, "accord rl")
     config["rl"] = prepared.settings.model_dump()  # as they are used

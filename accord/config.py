@@ -32,6 +32,9 @@ class SampleSettings(BaseModel):
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens only; 0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of this mass; 1 is off")
+    strength: float = Field(
+        1.0, description="With a reference: how far to move from it to the model, logit by logit; 0 is the reference, 1 the model"
+    )
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
     seed: int = Field(0, ge=0, description="Each completion's luck follows from it and from its prompt's id")
 

@@ -76,6 +76,14 @@ def entropy(logp):
     return -(np.exp(logp) * logp).sum(-1)
 
 
+def ilql(q, y, q_target, v, among, tokens, tau, cql):
+    """Snell et al. 2022, eq. 4 (TD and expectile) and 5 (CQL), over flat lists of tokens; among (N,V) is Q(s, .) up to V(s)."""
+    td = np.mean([(a - b) ** 2 for a, b in zip(q, y, strict=True)])
+    expectile = np.mean([abs(tau - (1.0 if u < 0 else 0.0)) * u**2 for u in q_target - v])
+    picked = [log_softmax(row)[token] for row, token in zip(among, tokens, strict=True)]
+    return td + expectile - cql * np.mean(picked)
+
+
 def nucleus(logp, top_p):
     """Holtzman et al. 2020, eq. 2: the smallest set of likeliest tokens with mass of at least top_p."""
     allowed = np.zeros(len(logp), dtype=bool)

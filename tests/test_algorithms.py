@@ -12,10 +12,11 @@ from tabular import B, T, Table, V, World
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from accord.api import load_start
-from accord.data.records import Completion, Prompt
+from accord.data.records import Completion, Logged, Prompt, Turn
+from accord.data.sources import read_logged
 from accord.errors import UserError
-from accord.nn.logprobs import Nucleus, exact_kl, nucleus_set, token_stats
-from accord.reward.sources import build_reward
+from accord.nn.logprobs import Contrast, EpsilonGreedy, Nucleus, exact_kl, nucleus_set, token_stats
+from accord.reward.sources import Reward, build_reward
 from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go
 from accord.rl.algorithms import make_algorithm
 from accord.rl.algorithms.ppo_penalty import adapted
@@ -24,15 +25,19 @@ from accord.rl.experience import score_rollout, values_before
 from accord.rl.explain import explain
 from accord.rl.masked import whiten
 from accord.rl.natural import conjugate_gradient, fisher_vector_product
+from accord.rl.objective import expectile_loss
+from accord.rl.offline import Log
 from accord.rl.optimize import Optimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, train
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Answer
-from accord.rollout.guides import Within
+from accord.rollout.episodes import play
+from accord.rollout.guides import Explore, Perturb, Within
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import from_completions
+from accord.rollout.sampling import Sampling
 from accord.rollout.scoring import score
 from accord.runs import Run
 
@@ -483,6 +488,186 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     assert worst < 0.25
 
 
+# ILQL.
+
+
+def test_ilql_targets_loss_and_gradient_equal_the_oracle():
+    w, algorithm = world("ilql", n_step=1, expectile=0.8, cql_coef=0.3)
+    target, critic, s = Table(9).near(w.model, 0.5), type(w.critic)(9), w.settings
+    algorithm.target = (target, critic)
+    e = algorithm.advantages(w.experience(), w.kl_coef)
+
+    def logits(model):
+        p = {n: x.detach().numpy() for n, x in model.named_parameters()}
+        z = (p["by_token"][w.tokens] + p["by_column"][np.arange(T)]) @ p["matrix"].T / s.temperature
+        return np.concatenate((np.zeros((B, 1, V)), z[:, :-1]), axis=1)
+
+    z_ref, current = logits(w.reference), w.value()
+    mine_critic, w.critic = w.critic, critic
+    q_target = w.value() + s.q_scale * (w.picked(logits(target)) - w.picked(z_ref))
+    w.critic = mine_critic
+    y = np.zeros((B, T))
+    for row in range(B):
+        m = w.used[row]
+        if m.any():
+            y[row, m] = oracle.n_step(e.rewards.numpy()[row, m], current[row, m], s.gamma, 1)
+    e = algorithm.with_targets(w.policy, w.critic, e)
+    np.testing.assert_allclose(e.returns.numpy()[w.used], y[w.used], rtol=1e-6)
+    np.testing.assert_allclose(e.values.numpy()[w.used], q_target[w.used], rtol=1e-6)
+
+    def loss():
+        a = s.q_scale * (logits(w.model) - z_ref)  # Q(s, .) - V(s)
+        q = current + w.picked(a)  # V is not taught by Q's error
+        return oracle.ilql(q[w.used], y[w.used], q_target[w.used], w.value()[w.used], a[w.used], w.tokens[w.used], 0.8, 0.3)
+
+    got, _ = algorithm.q_loss(w.policy, w.critic, e, e.mask.sum())
+    assert float(got.detach()) == pytest.approx(loss(), rel=1e-6)
+    got.backward()
+    gradient = np.concatenate([p.grad.numpy().ravel() for p in w.parameters()])
+    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-4, atol=1e-7)
+
+
+def test_an_expectile_by_hand():
+    """Of 0 and 1, the tau-expectile v has tau (1 - v) = (1 - tau) v, so it is tau."""
+    values, everyone = t([0.0, 1.0]), torch.ones(2, dtype=torch.bool)
+    for tau in (0.5, 0.7, 0.9):
+        v = torch.tensor(tau, requires_grad=True)
+        expectile_loss(values - v, tau, everyone).backward()
+        assert abs(float(v.grad)) < 1e-6
+
+
+def expectile(values, tau):
+    """The root of sum |tau - 1(x < v)| (x - v), by bisection."""
+    low, high, x = min(values), max(values), np.array(values)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (np.where(x < middle, 1 - tau, tau) * (x - middle)).sum() > 0 else (low, middle)
+    return low
+
+
+def test_ilql_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
+    """Q and V of every state, against the expectile's fixed point by dynamic programming and, as tau goes to 1, against V*."""
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "cache"))
+    world, tau = Words(), 0.95
+    start = load_start("scratch", "float32", world)
+    vocabulary = start.tokenizer.inner.get_vocab()
+    ids = [vocabulary[a or "<|end|>"] for a in ("", *"?abc")]
+    prompt, logged = world.prompts()[0], []
+    for first in ids:  # every episode once
+        for second in [None] if first == ids[0] else ids:
+            tokens = (first,) if second is None else (first, second)
+            reward = world.answer(start.tokenizer.decode(tokens), True)[0]
+            logged.append(Logged(Completion(prompt, "", True), reward, (Turn(tokens, reward),)))
+    settings = RLSettings(
+        algorithm="ilql", q_scale=1.0, expectile=tau, cql_coef=0.0, truncation="nothing", adaptation="full", top_layers=3, dtype="float32",
+        prompts_per_step=len(logged), minibatches=1, epochs=8, target_every=2, max_steps=120, checkpoint_every=1000, learning_rate=1e-3, n_step=1,
+        critic_learning_rate=1e-3, kl_warn=1e9, max_grad_norm=10.0,
+    )  # fmt: skip
+    run = Run.create(tmp_path / "r", {"command": "rl"})
+    train(start, [], Reward([]), settings, run, logged=logged)
+    state = State.begin(start, Reward([]), settings)
+    state.restore(run.newest())
+    counts = {a: 1 if a == "" else len(ids) for a in ("", *"?abc")}  # how often each first token is logged
+    errors, best = [], []
+    for text in ["", *"?abc"]:
+        rows = start.tokenizer.inner("ab" + text, return_tensors="pt")["input_ids"]
+        advantage = (state.policy.model(rows)[0, -1] - start.model(rows)[0, -1]).detach()
+        rollout = from_completions([(rows[0].tolist(), [0])], [Completion(Prompt("p", "ab"), "", True)], 0)
+        value = float(values_before(state.critic, rollout)[0][0, -1].detach())
+        q = {a: world.answer((text + a).replace("?", ""), True)[0] for a in ("", *"?abc")}
+        if text == "":  # the values of the second states, by their own fixed point
+            after = {a: expectile([world.answer((a + b).replace("?", ""), True)[0] for b in ("", *"?abc")], tau) for a in "?abc"}
+            q = {"": q[""], **after}
+        spread = [x for a, x in q.items() for _ in range(counts[a] if text == "" else 1)]
+        errors.append(value - expectile(spread, tau))
+        best.append(value - max(world.best(text).values()))
+        errors += [value + float(advantage[vocabulary[a or "<|end|>"]]) - x for a, x in q.items()]
+    assert np.abs(errors).max() < 0.15  # of values from -2.3 to 1.3
+    assert np.abs(best).max() < 0.5  # the 0.95-expectile of five values is that far below the largest
+
+
+def test_a_contrast_of_two_policies(monkeypatch):
+    """Values and gradients of base z_ref + strength (z - z_ref), in chunks, against plain autograd."""
+    monkeypatch.setattr("accord.nn.logprobs.CHUNK", 3)
+    g = torch.Generator().manual_seed(0)
+    hidden, other = (torch.randn(8, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    matrix, theirs = (torch.randn(13, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    tokens, grads = torch.randint(0, 13, (8,), generator=g), []
+    for plain in (True, False):
+        h, m = hidden.clone().requires_grad_(), matrix.clone().requires_grad_()
+        if plain:
+            z, z_ref = h @ m.t() / 0.7, other @ theirs.t() / 0.7
+            logp = torch.log_softmax(0.4 * z_ref + 2.5 * (z - z_ref), -1)
+            picked, entropy = logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        else:
+            picked, entropy = token_stats(h, m, tokens, 0.7, Contrast(other, theirs, 2.5, 0.4))
+        (picked.sum() + 2 * entropy.sum()).backward()
+        grads.append((picked.detach(), entropy.detach(), h.grad, m.grad))
+    for mine, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_epsilon_greedy_by_hand():
+    logits = t([[1.0, 3.0, 2.0, 0.0]])
+    np.testing.assert_allclose(EpsilonGreedy(0.2).apply(logits, 1.0, None).exp(), [[0.05, 0.85, 0.05, 0.05]], rtol=1e-6)
+
+
+def test_what_epsilon_greedy_samples_it_scores(tiny, prompts):
+    rollout = Engine(tiny, rows=3).sample(prompts[:4], 8, Sampling(1.0, max_new_tokens=8), guide=Explore(0.5))
+    again = score(tiny.model, rollout, 0, 1.0, 64, Explore(0.5))
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.engine_logprobs[mask], again.logprobs[mask], rtol=0, atol=2e-5)
+    greedy = (again.logprobs[mask] > np.log(0.5)).double()
+    assert abs(float(greedy.mean()) - 0.5) < 4 * 0.5 / len(greedy) ** 0.5
+
+
+def test_decoding_between_a_reference_and_beyond_the_policy(tiny, prompts):
+    """Strength 0 writes what the reference writes, 1 what the policy writes; the distribution at 2 is by its formula."""
+    import accord
+
+    policy = tiny.adapt("full", 2, 4, 8.0, 0)
+    for p in policy.model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    given = dict(per_prompt=2, max_new_tokens=6)
+    texts = {k: [c.text for c in accord.sample(policy, prompts[:4], reference=tiny, strength=k, **given)] for k in (0.0, 1.0, 2.0)}
+    assert texts[0.0] == [c.text for c in accord.sample(tiny, prompts[:4], **given)]
+    assert texts[1.0] == [c.text for c in accord.sample(policy, prompts[:4], **given)] and texts[1.0] != texts[0.0]
+    rollout = Engine(policy).sample(prompts[:4], 2, Sampling(1.0, max_new_tokens=6), guide=Perturb(tiny.model, 0, 2.0))
+    z, z_ref = (m(rollout.tokens) for m in (policy.model, tiny.model))
+    logp = torch.log_softmax(z_ref + 2 * (z - z_ref), -1)[:, :-1].gather(-1, rollout.tokens[:, 1:, None])[..., 0]
+    mask = rollout.response_mask[:, 1:]
+    torch.testing.assert_close(logp[mask], rollout.engine_logprobs[:, 1:][mask], rtol=0, atol=5e-5)
+    with pytest.raises(UserError, match="give the reference too"):
+        accord.sample(policy, prompts[:4], strength=2.0)
+
+
+def test_a_run_s_episodes_are_logged_so_that_they_can_be_learned_from(tiny, tmp_path):
+    """Tokens, mask and rewards of episodes with several turns come back from completions.jsonl as they were."""
+    from test_environments import Echo
+
+    from accord.rl.trainer import rows_of
+
+    rollout = play(Engine(tiny, 4), Echo(), [Prompt(f"p{i}", "ab" * i) for i in range(1, 6)], 2, Sampling(0.9, seed=3))
+    settings = RLSettings(**{**SMALL, "algorithm": "ilql", "prompts_per_step": 10, "completions_per_prompt": 1, "minibatches": 2})
+    state = State.begin(tiny, Reward([]), settings)
+    e = score_rollout(state.policy, state.critic, build_reward(letters, tiny, environment="echo"), rollout, settings)
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(e, 0)))
+    log = Log(read_logged(path), tiny, settings)
+    again = log.rollout(0)
+    place = {text: row for row, text in enumerate(again.texts)}
+    assert len(place) == 10
+    for row, text in enumerate(rollout.texts):
+        there, n = place[text], int(rollout.lengths[row])
+        assert again.lengths[there] == n and torch.equal(again.tokens[there, :n], rollout.tokens[row, :n])
+        assert torch.equal(again.response_mask[there, :n], rollout.response_mask[row, :n])
+        expected = rollout.step_rewards[row, :n].clone()
+        expected[n - 1] += letters([], [text])[0]  # what the other reward gave, at the end
+        torch.testing.assert_close(again.step_rewards[there, :n], expected)
+    with pytest.raises(UserError, match="which this model has not"):
+        Log([Logged(Completion(Prompt("p", "a"), "", True), 1.0, (Turn((10**6,), 1.0),))] * 10, tiny, settings)
+
+
 # What does not go together is refused, with the reason.
 
 
@@ -501,6 +686,10 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
         ({"algorithm": "trpo", "epochs": 5}, "epochs means nothing to algorithm trpo"),
         ({"algorithm": "dqn", "entropy_coef": 0.1}, "entropy_coef means nothing to algorithm dqn"),
         ({"algorithm": "grpo", "gamma": 0.9}, "gamma must be 1"),
+        ({"algorithm": "ilql", "kl_coef": 0.1}, "kl_coef means nothing to algorithm ilql"),
+        ({"algorithm": "ilql", "kl_estimator": "k1"}, "logged ones are not, so use full"),
+        ({"algorithm": "dqn", "exploration": "epsilon"}, "epsilon-greedy ones are not, so use full"),
+        ({"exploration": "epsilon"}, "exploration is for dqn"),
         ({"algorithm": ["ppo"]}, "algorithm: Input should be a valid string"),
     ],
 )
@@ -562,8 +751,6 @@ def test_what_a_guide_samples_it_scores(tiny, prompts):
     for p in other.model.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     guide = Within(other.snapshot(), 0, 0.5)
-    from accord.rollout.sampling import Sampling
-
     rollout = Engine(tiny, rows=3).sample(prompts[:4], 2, Sampling(0.9, max_new_tokens=8), guide=guide)
     again = score(tiny.model, rollout, 0, 0.9, 64, guide)
     mask = rollout.response_mask
@@ -613,11 +800,29 @@ def test_explained_terms_add_up(tiny, prompts, tmp_path, case):
 
 def run_of(policy, prompts, folder, settings, reward=letters):
     run = Run.create(folder, {"command": "rl"})
-    return train(policy, prompts, build_reward(reward, policy), settings, run)
+    return train(policy, prompts, build_reward(reward, policy), settings, run, logged=log_of(policy, prompts, settings))
+
+
+def log_of(policy, prompts, settings):
+    """Completions with scores for an algorithm that learns from such; for others none."""
+    if not ALGORITHMS[settings.algorithm].offline:
+        return []
+    written = Engine(policy).sample(prompts, 256, settings.sampling(0)).completions()
+    return [Logged(c, letters([], [c.text])[0]) for c in written]
 
 
 RATES = {
     "dqn": dict(learning_rate=1e-2, critic_learning_rate=1e-2, epochs=4, kl_coef=0.0, max_steps=40),
+    "ilql": dict(
+        learning_rate=3e-3,
+        critic_learning_rate=3e-3,
+        epochs=1,
+        kl_coef=0.0,
+        max_steps=30,
+        prompts_per_step=64,
+        completions_per_prompt=1,
+        expectile=0.8,
+    ),
     "trpo": dict(trust_region=0.1, cg_iterations=5, kl_coef=0.0),
 }
 
@@ -628,7 +833,7 @@ def test_it_learns_a_preference_it_can_see(tiny, prompts, tmp_path, name):
     settings = RLSettings(**{**SMALL, **changes, "algorithm": name, **RATES.get(name, {})})
     outcome = run_of(tiny, prompts, tmp_path / "r", settings)
     sampling = settings.sampling(-1)
-    scores = [np.array(letters([], Engine(p).sample(prompts, 8, sampling).texts)) for p in (tiny, outcome.policy)]
+    scores = [np.array(letters([], Engine(p).sample(prompts, 32, sampling).texts)) for p in (tiny, outcome.policy)]
     difference = scores[1] - scores[0]
     assert difference.mean() > 4 * difference.std() / len(difference) ** 0.5
 
@@ -643,7 +848,14 @@ def test_resume_is_exact(tiny_folder, prompts, tmp_path, name):
         for limit in stops:
             start = Policy.load(str(tiny_folder), "float32")
             run, _ = Run.open(folder)
-            outcome = train(start, prompts, build_reward(letters, start), settings.model_copy(update={"max_steps": limit}), run)
+            outcome = train(
+                start,
+                prompts,
+                build_reward(letters, start),
+                settings.model_copy(update={"max_steps": limit}),
+                run,
+                logged=log_of(start, prompts, settings),
+            )
             run._lock.close()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]

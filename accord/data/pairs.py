@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from accord.data.records import Completion, PairGroup, RankedCompletions, Ranking
+from accord.data.records import Completion, Logged, PairGroup, RankedCompletions, Ranking
 from accord.errors import UserError
 
 
@@ -32,6 +32,35 @@ def pairs_of(ranking: Ranking, fail_weight: float = 1.0) -> list[tuple[int, int,
     return pairs
 
 
+def scored_by_rank(completions: dict[str, list[Completion]], rankings: Sequence[Ranking]) -> list[Logged]:
+    """Each ranked completion with a score in [-1, 1]: the share of the prompt's others it stands above minus the share it
+    stands below, averaged over labelers (Borda's count). F stands below every rank; completions without a ranking are left out.
+    """
+    given: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for ranking in rankings:
+        answers = answers_of(ranking, completions)
+        places = [len(answers) + 1 if rank is None else rank for rank in ranking.ranks]
+        for k, place in enumerate(places):
+            if len(places) > 1:
+                above, below = sum(place < other for other in places), sum(place > other for other in places)
+                given[ranking.prompt_id, k].append((above - below) / (len(places) - 1))
+    if not given:
+        raise UserError("The rankings compare no two completions, so no scores follow from them.")
+    return [Logged(completions[prompt][k], sum(scores) / len(scores)) for (prompt, k), scores in given.items()]
+
+
+def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> list[Completion]:
+    """The completions that a ranking ranks."""
+    answers = completions.get(ranking.prompt_id)
+    if answers is None:
+        raise UserError(f"A ranking by '{ranking.labeler}' names the prompt '{ranking.prompt_id}', which has no completions.")
+    if len(ranking.ranks) != len(answers):
+        raise UserError(
+            f"Labeler '{ranking.labeler}' ranked {len(ranking.ranks)} completions of '{ranking.prompt_id}'; it has {len(answers)}."
+        )
+    return answers
+
+
 def group_pairs(completions: dict[str, list[Completion]], rankings: Sequence[Ranking], fail_weight: float = 1.0) -> list[PairGroup]:
     """One group a prompt. Labelers who contradict each other give both pairs, each with its weight.
 
@@ -42,16 +71,10 @@ def group_pairs(completions: dict[str, list[Completion]], rankings: Sequence[Ran
     for ranking in rankings:
         by_prompt[ranking.prompt_id].append(ranking)
     groups = []
-    for prompt_id, given in by_prompt.items():
-        answers = completions.get(prompt_id)
-        if answers is None:
-            raise UserError(f"A ranking by '{given[0].labeler}' names the prompt '{prompt_id}', which has no completions.")
+    for given in by_prompt.values():
         weights: dict[tuple[int, int], float] = defaultdict(float)
         for ranking in given:
-            if len(ranking.ranks) != len(answers):
-                raise UserError(
-                    f"Labeler '{ranking.labeler}' ranked {len(ranking.ranks)} completions of '{prompt_id}'; it has {len(answers)}."
-                )
+            answers = answers_of(ranking, completions)
             for better, worse, weight in pairs_of(ranking, fail_weight):
                 if weight > 0 and answers[better].text != answers[worse].text:
                     weights[better, worse] += weight

@@ -43,6 +43,27 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of an episode in an environment: the policy's tokens, what they gave, and what the environment wrote then."""
+
+    tokens: tuple[int, ...]
+    reward: float
+    reply: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tokens": list(self.tokens), "reward": self.reward, "reply": list(self.reply)}
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A completion of the past and its score; of an episode also its turns."""
+
+    completion: Completion
+    score: float
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ranking:
     """One labeler's judgement of the K completions of one prompt, kept as given.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from accord.data.records import Completion, Content, PairGroup, Prompt, Ranking
+from accord.data.records import Completion, Content, Logged, PairGroup, Prompt, Ranking, Turn
 from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
 
@@ -215,6 +216,44 @@ def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, 
     if not found:
         raise UserError(f"{source} holds no completions.")
     return {key: sorted(group, key=lambda c: c.index) for key, group in found.items()}
+
+
+def read_logged(source: str | Path) -> list[Logged]:
+    """Completions with scores, such as the ``completions.jsonl`` of a run: ``prompt``, ``completion``, ``score``.
+
+    Rows whose score is null were skipped by their reward, and are left out. The rows of an environment's episodes have
+    ``turns`` too, in ids of the model that played.
+    """
+    logged: list[Logged] = []
+    for place, row in read_rows(source):
+        text, score = row.get("completion"), row.get("score")
+        if not isinstance(text, str):
+            raise UserError(f"{place} has no text field 'completion'.")
+        if "score" not in row:
+            raise UserError(f"{place} has no field 'score'; give scores, or say with --rankings how the completions were ranked.")
+        if score is None:
+            continue
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise UserError(f"{place}: field 'score' is {score!r}; it must be a finite number, or null for a row to be left out.")
+        prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
+        completion = Completion(prompt, text, bool(row.get("finished", True)), len(logged))
+        turns = tuple(_turn(turn, place) for turn in row.get("turns") or [])
+        if not turns and not text and not completion.finished:
+            raise UserError(f"{place}: the completion is empty and did not finish, so there is no token to learn from; delete the row.")
+        logged.append(Logged(completion, float(score), turns))
+    if not logged:
+        raise UserError(f"{source} holds no completions with scores.")
+    return logged
+
+
+def _turn(value: Any, place: str) -> Turn:
+    try:
+        turn = Turn(tuple(map(int, value["tokens"])), float(value["reward"]), tuple(map(int, value["reply"])))
+    except (TypeError, KeyError, ValueError):
+        turn = Turn((), 0.0)
+    if not turn.tokens or not math.isfinite(turn.reward):
+        raise UserError(f"{place}: each of its 'turns' needs 'tokens' and 'reply', lists of ids, and a finite 'reward'.")
+    return turn
 
 
 def read_rankings(source: str | Path) -> list[Ranking]:

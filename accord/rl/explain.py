@@ -20,7 +20,7 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import micro_batches
 from accord.rollout.scoring import score
 
-NOT_EXPLAINED = ("trpo", "dqn")
+NOT_EXPLAINED = ("trpo", "dqn", "ilql")
 
 
 @dataclass

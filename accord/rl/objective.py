@@ -99,6 +99,12 @@ def value_loss(
     return ValueLoss(0.5 * masked_mean(torch.maximum(error, near_error), mask, count), fraction)
 
 
+def expectile_loss(error: Tensor, tau: float, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """E_t[|tau - 1(u_t < 0)| u_t^2], u (B,T): least where u's tau-expectile is 0 (Kostrikov et al. 2022, eq. 3)."""
+    weight = torch.where(error < 0, 1 - tau, tau)
+    return masked_mean(weight * error**2, mask, count)
+
+
 def entropy_bonus(entropy: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """S = E_t[ H[pi(. | s_t)] ] in nats, of the whole next-token distribution. entropy (B,T)."""
     return masked_mean(entropy, mask, count)

@@ -29,5 +29,10 @@ def logits_at(model: Model, rows: Experience, split: int, temperature: float, to
     with torch.no_grad():
         weights = matrix.to(states.dtype).t()
         best = torch.cat([(h @ weights).argmax(-1) for h in states.split(CHUNK)])
-    chosen, largest = ((wide(states) * wide(F.embedding(ids, matrix).to(states.dtype))).sum(-1) / temperature for ids in (tokens, best))
+    chosen, largest = (token_logits(states, matrix, ids, temperature) for ids in (tokens, best))
     return Logits(chosen, largest, best)
+
+
+def token_logits(states: Tensor, matrix: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """z = h . w_a / temperature of one token a position. states (N,D), matrix (V,D), tokens (N,) -> (N,). Differentiable."""
+    return (wide(states) * wide(F.embedding(tokens, matrix).to(states.dtype))).sum(-1) / temperature

@@ -29,6 +29,7 @@ class Spec:
         ratio: whether its loss corrects for the policy that sampled, so that a rollout serves several
             optimizer steps. Without, more than one would learn from another policy's samples.
         kl_in_loss: whether the penalty may stand in the loss instead of the rewards.
+        offline: whether it learns from logged completions, and samples none.
         native: whether it needs a model that accord computes itself, not one run through ``transformers``.
         unused: settings that mean nothing to it; giving one is an error.
         defaults: settings whose default is another than PPO's.
@@ -39,6 +40,7 @@ class Spec:
     advantages: tuple[str, ...]
     ratio: bool = True
     kl_in_loss: bool = True
+    offline: bool = False
     native: bool = False
     unused: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -81,5 +83,11 @@ ALGORITHMS: dict[str, Spec] = {
     "dqn": Spec(
         f"{HERE}.dqn:DQN", "token-level Q-learning: replay, target network, double Q (Mnih et al. 2015)", ("n_step",),
         kl_in_loss=False, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon"), defaults={"minibatches": 4, "whiten_advantages": False},
+    ),
+    "ilql": Spec(
+        f"{HERE}.ilql:ILQL", "offline, from logged completions: implicit language Q-learning (Snell et al. 2022)", ("n_step",),
+        kl_in_loss=False, offline=True, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target"),
+        defaults={"prompts_per_step": 64, "completions_per_prompt": 1, "epochs": 1, "minibatches": 4, "whiten_advantages": False,
+                  "kl_coef": 0.0, "kl_estimator": "full"},
     ),
 }  # fmt: skip

@@ -36,7 +36,7 @@ def self_test(policy: Policy, experience: Experience, settings: RLSettings) -> S
     rollout, mask = experience.rollout, experience.rollout.response_mask
     _check_mask(policy, rollout, settings)
     found = SelfTest(
-        _difference(rollout.engine_logprobs[mask], experience.old_logprobs[mask]),
+        _difference(rollout.engine_logprobs[mask], experience.old_logprobs[mask]) if rollout.sampled else (0.0, 0.0),
         _difference(experience.raw_logprobs[mask], experience.ref_logprobs[mask]),
         _padding(policy, experience, settings),
     )

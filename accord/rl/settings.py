@@ -50,10 +50,18 @@ class RLSettings(BaseModel):
     critic_epochs: int = Field(4, ge=1, description="TRPO: passes of the critic over a step's completions")
     mask_top_p: float = Field(0.9, gt=0, le=1, description="NLPO: mass of the mask policy's likeliest tokens that may be chosen")
     mask_every: int = Field(5, ge=1, description="NLPO: steps after which the mask policy becomes the current one")
-    q_scale: float = Field(0.05, gt=0, description="DQN: reward units a nat of the policy's logits is worth (Boltzmann temperature)")
-    n_step: int = Field(8, ge=1, description="DQN: rewards summed before a target's Q-value")
+    q_scale: float = Field(
+        0.05, gt=0, description="DQN, ILQL: reward units a nat of the policy's logits is worth (Boltzmann temperature, 1 / beta)"
+    )
+    n_step: int = Field(8, ge=1, description="DQN, ILQL: rewards summed before a target's value")
+    exploration: Literal["boltzmann", "epsilon"] = Field(
+        "boltzmann", description="DQN: sample from the policy, or take the likeliest token but for a share epsilon"
+    )
+    epsilon: float = Field(0.1, gt=0, le=1, description="DQN: share of tokens drawn from all alike (exploration epsilon)")
     replay_steps: int = Field(8, ge=1, description="DQN: rollouts that are kept and drawn from")
-    target_every: int = Field(4, ge=1, description="DQN: steps after which the target network becomes the current one")
+    target_every: int = Field(4, ge=1, description="DQN, ILQL: steps after which the target network becomes the current one")
+    expectile: float = Field(0.7, ge=0.5, lt=1, description="ILQL: which expectile of Q is V; towards 1 it is the best logged token's")
+    cql_coef: float = Field(0.01, ge=0, description="ILQL: weight of the term that keeps tokens never logged from looking good")
     whiten_advantages: bool = Field(True, description="Subtract the mean of the advantages and divide by their standard deviation")
 
     kl_coef: float = Field(0.05, ge=0, description="Penalty a nat of KL to the reference (the start value, if adaptive)")
@@ -155,6 +163,13 @@ class RLSettings(BaseModel):
                 raise ValueError(f"{setting} means nothing to algorithm {name}; leave it out")
         if self.advantage in ("leave_one_out", "group") and self.gamma != 1:
             raise ValueError(f"advantage {self.advantage} judges a completion as a whole, so gamma must be 1")
+        if self.exploration == "epsilon" and name != "dqn":
+            raise ValueError(f"algorithm {name} learns from what its own policy samples; epsilon-greedy exploration is for dqn")
+        if (spec.offline or self.exploration == "epsilon") and self.kl_estimator != "full" and (self.kl_coef > 0 or spec.offline):
+            raise ValueError(
+                f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; "
+                f"{'logged ones' if spec.offline else 'epsilon-greedy ones'} are not, so use full"
+            )
         if self.truncation == "bootstrap" and self.advantage != "gae":
             raise ValueError(f"truncation bootstrap needs a critic's value, and advantage {self.advantage} has none")
 
@@ -166,6 +181,11 @@ class RLSettings(BaseModel):
         """The batch sizes spelled out."""
         rows = self.prompts_per_step * self.completions_per_prompt
         updates = self.epochs * self.minibatches
+        if ALGORITHMS[self.algorithm].offline:
+            return (
+                f"{rows} logged completions a step; {self.epochs} epochs x {self.minibatches} minibatches = {updates} optimizer steps of "
+                f"{rows // self.minibatches} completions; {self.max_steps} steps = {updates * self.max_steps} optimizer steps"
+            )
         return (
             f"{self.prompts_per_step} prompts x {self.completions_per_prompt} completions = {rows} completions a step; "
             f"{self.epochs} epochs x {self.minibatches} minibatches = {updates} optimizer steps of {rows // self.minibatches} completions; "

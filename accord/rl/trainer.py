@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from accord.data.records import Prompt
+from accord.data.records import Logged, Prompt
 from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.transformer import Transformer
@@ -21,7 +21,9 @@ from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.algorithms import Algorithm, make_algorithm
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.kl import AdaptiveKL, FixedKL, KLController
+from accord.rl.offline import Log
 from accord.rl.optimize import Optimizer
+from accord.rl.registry import ALGORITHMS
 from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
 from accord.rl.watch import Watch, measure
@@ -32,6 +34,8 @@ from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
+
+OFFLINE = [name for name, spec in ALGORITHMS.items() if spec.offline]
 
 
 class Saved(NamedTuple):
@@ -59,10 +63,22 @@ class Outcome:
 
 
 def check_start(
-    start: Policy, prompts: Sequence[Prompt], validation: Sequence[Prompt], settings: RLSettings, environment: Environment | None = None
+    start: Policy,
+    prompts: Sequence[Prompt],
+    validation: Sequence[Prompt],
+    settings: RLSettings,
+    environment: Environment | None = None,
+    logged: Sequence[Logged] = (),
 ) -> None:
     """Everything that can be refused before a run folder is made and a token is sampled."""
-    if len(prompts) < settings.prompts_per_step:
+    offline = ALGORITHMS[settings.algorithm].offline
+    if offline and not logged:
+        raise UserError(f"{settings.algorithm} learns offline, so it needs logged completions: give --completions FILE.")
+    if logged and not offline:
+        raise UserError(f"{settings.algorithm} learns from its own completions; logged ones are for {', '.join(OFFLINE)}.")
+    if logged:
+        Log(logged, start, settings)
+    elif len(prompts) < settings.prompts_per_step:
         raise UserError(
             f"{len(prompts)} training prompts are fewer than prompts_per_step ({settings.prompts_per_step}); add prompts or lower it."
         )
@@ -84,14 +100,17 @@ def train(
     run: Recorder,
     validation: Sequence[Prompt] = (),
     environment: Environment | None = None,
+    logged: Sequence[Logged] = (),
 ) -> Outcome:
     """Train a policy that starts from ``start``, under a KL leash to it.
 
     Continues from the run's latest checkpoint, if it has one, with the numbers an uninterrupted run would
-    have had. With an ``environment``, a rollout is its episodes, and ``reward`` includes what it gives.
+    have had. With an ``environment``, a rollout is its episodes, and ``reward`` includes what it gives. An offline
+    algorithm's rollouts are of ``logged`` completions, with their own scores; ``reward`` then scores the validation.
     """
-    check_start(start, prompts, validation, settings, environment)
-    state = State.begin(start, reward, settings)
+    check_start(start, prompts, validation, settings, environment, logged)
+    log, judge = (Log(logged, start, settings), Log.reward()) if logged else (None, reward)
+    state = State.begin(start, judge, settings)
     policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
     saved = run.latest()
     first = kept = state.restore(saved)
@@ -104,13 +123,15 @@ def train(
     with bar(settings.algorithm.upper(), settings.max_steps) as progress:
         progress.advance(first)
         while stopped is None:
-            clock, failed = Clock(), None
-            batch = batch_of(prompts, step, settings)
-            guide = algorithm.guide()
-            rollout = roll(engine, environment, batch, settings.completions_per_prompt, settings.sampling(step), guide)
+            clock, failed, guide = Clock(), None, algorithm.guide()
+            if log is not None:
+                rollout = log.rollout(step)
+            else:
+                batch = batch_of(prompts, step, settings)
+                rollout = roll(engine, environment, batch, settings.completions_per_prompt, settings.sampling(step), guide)
             clock.lap("rollout")
             try:
-                scored = score_rollout(policy, critic, reward, rollout, settings, guide, algorithm.old_model(policy))
+                scored = score_rollout(policy, critic, judge, rollout, settings, guide, algorithm.old_model(policy))
                 if not bool(scored.valid.any()):
                     raise UserError(f"Step {step}: the reward skipped every completion (None), so there is nothing to learn from.")
             except UserError:  # the reward failed: what was learned before this step is kept
@@ -195,7 +216,7 @@ def stop_reason(settings: RLSettings, done: int, stats: Mapping[str, float]) -> 
 
 def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
     """Every completion of a step with its scores, for completions.jsonl."""
-    kl = (e.raw_logprobs - e.ref_logprobs).sum(-1).tolist()
+    kl = e.kl.sum(-1).tolist()
     return [
         {
             "step": step,
@@ -204,6 +225,7 @@ def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
             "score": float(e.scores[row]) if bool(e.valid[row]) else None,
             "parts": {name: values[row] for name, values in e.parts.items()},
             "kl": round(kl[row], 4),
+            **({} if e.rollout.step_rewards is None else {"turns": [turn.to_json() for turn in e.rollout.turns(row)]}),
         }
         for row, completion in enumerate(e.rollout.completions())
     ]

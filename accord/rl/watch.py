@@ -16,18 +16,18 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
     """Metrics of a step's completions; nats, tokens or shares."""
     rollout, mask = e.rollout, e.rollout.response_mask
     valid = e.scores[e.valid]
-    kl = e.raw_logprobs - e.ref_logprobs
     stats = {
         "score": valid.mean() if len(valid) else torch.tensor(float("nan")),
         "score_std": valid.std(correction=0) if len(valid) else torch.tensor(float("nan")),
-        "kl": kl.sum(-1).mean(),
+        "kl": e.kl.sum(-1).mean(),
         "kl_coef": torch.tensor(kl_coef),
         "entropy": masked_mean(e.old_entropy, mask),
         "length": mask.sum(-1).float().mean(),
         "finished": rollout.finished.float().mean(),
-        "engine_gap": (rollout.engine_logprobs - e.old_logprobs)[mask].abs().max(),
         "skipped": (~e.valid).float().sum(),
     }
+    if rollout.sampled:
+        stats["engine_gap"] = (rollout.engine_logprobs - e.old_logprobs)[mask].abs().max()
     if bool(e.values.any()):  # there is a critic
         stats["explained_variance"] = explained_variance(e.values, e.returns, e.mask)
     for name, values in e.parts.items():

@@ -6,36 +6,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.rollout.engine import Engine, encode_checked
 from accord.rollout.environments import Environment, Game
 from accord.rollout.guides import Guide
-from accord.rollout.rollout import Rollout
+from accord.rollout.rollout import Rollout, Row, from_rows
 from accord.rollout.sampling import Sampling
 
 
-@dataclass
-class _Row:
-    prompt: Prompt
-    index: int
+@dataclass(kw_only=True)
+class _Playing(Row):
     name: str
     game: Game
-    tokens: list[int]
-    chosen: list[bool]
-    logprobs: list[float]
-    rewards: list[float]
     text: list[str] = field(default_factory=list)
     over: bool = False
     cut: bool = False
-
-    def extend(self, tokens: Sequence[int], chosen: bool, logprobs: Sequence[float] | None = None) -> None:
-        self.tokens += tokens
-        self.chosen += [chosen] * len(tokens)
-        self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
-        self.rewards += [0.0] * len(tokens)
 
 
 def play(
@@ -46,7 +32,7 @@ def play(
     ``finished`` is True where the environment ended the episode, False where the limit on turns or the
     model's context did.
     """
-    policy, seen, rows = engine.policy, dict[str, int](), list[_Row]()
+    policy, seen, rows = engine.policy, dict[str, int](), list[_Playing]()
     for prompt in prompts:
         again = seen[prompt.id] = seen.get(prompt.id, -1) + 1
         for k in range(per_prompt):
@@ -59,7 +45,7 @@ def play(
                 raise UserError(
                     f"Environment '{environment.name}' cannot start from prompt '{prompt.id}': {type(error).__name__}: {error}"
                 ) from error
-            row = _Row(prompt, k, name, game, [], [], [], [])
+            row = _Playing(prompt, k, name=name, game=game)
             row.extend(ids, chosen=False)
             rows.append(row)
     limit = replace(sampling, max_new_tokens=environment.turn_tokens)
@@ -79,10 +65,11 @@ def play(
                 row.extend(policy.tokenizer.encode_turn(answer[1], finished), chosen=False)
                 if len(row.tokens) + environment.turn_tokens > policy.context:
                     row.over = row.cut = True
-    return _rollout(rows, policy.tokenizer.pad_id, policy.device)
+    ended = [row.over and not row.cut for row in rows]
+    return from_rows(rows, ended, [" | ".join(row.text) for row in rows], policy.tokenizer.pad_id, policy.device, sampled=True)
 
 
-def _ask(environment: Environment, row: _Row, finished: bool) -> tuple[float, str, bool]:
+def _ask(environment: Environment, row: _Playing, finished: bool) -> tuple[float, str, bool]:
     try:
         reward, text, over = row.game.answer(row.text[-1], finished)
         reward = float(reward)
@@ -93,26 +80,3 @@ def _ask(environment: Environment, row: _Row, finished: bool) -> tuple[float, st
     if reward != reward or abs(reward) == float("inf"):
         raise UserError(f"Environment '{environment.name}' gave {reward} for {row.text[-1]!r} of '{row.prompt.id}'; give a finite number.")
     return reward, text, bool(over)
-
-
-def _rollout(rows: list[_Row], pad_id: int, device: torch.device) -> Rollout:
-    # What the environment said last is read by nobody: an episode ends with the policy's last token.
-    ends = [len(row.chosen) - row.chosen[::-1].index(True) for row in rows]
-    width = max(ends)
-
-    def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([[*v[:end], *[fill] * (width - end)] for v, end in zip(values, ends, strict=True)], dtype=dtype, device=device)
-
-    columns = torch.arange(width, device=device)[None]
-    return Rollout(
-        tokens=table([row.tokens for row in rows], pad_id, torch.long),
-        positions=columns.expand(len(rows), -1),
-        token_mask=columns < torch.tensor(ends, device=device)[:, None],
-        response_mask=table([row.chosen for row in rows], False, torch.bool),
-        engine_logprobs=table([row.logprobs for row in rows], 0.0, torch.float32),
-        finished=torch.tensor([row.over and not row.cut for row in rows], device=device),
-        prompts=[row.prompt for row in rows],
-        indices=[row.index for row in rows],
-        texts=[" | ".join(row.text) for row in rows],
-        step_rewards=table([row.rewards for row in rows], 0.0, torch.float32),
-    )

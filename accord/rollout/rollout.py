@@ -6,12 +6,13 @@ speaks of token t and of the distribution it was drawn from (that is, of the sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from accord.data.records import Completion, Prompt
+from accord.data.records import Completion, Prompt, Turn
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Rollout:
         trunk: (B,T,D) or None, activations of the frozen starting model at layer ``trunk_cut``, kept while
             the policy generated.
         step_rewards: (B,T) or None, what an environment gave at the end of each turn.
+        sampled: the policy wrote it just now, so ``engine_logprobs`` are known (else they are 0).
         prompts, indices, texts: for each row its prompt, its number among that prompt's K, its text.
     """
 
@@ -43,6 +45,7 @@ class Rollout:
     trunk: Tensor | None = None
     trunk_cut: int = 0
     step_rewards: Tensor | None = None
+    sampled: bool = True
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,6 +83,19 @@ class Rollout:
                 changes[f.name] = [value[i] for i in rows.tolist()]
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def turns(self, row: int) -> list[Turn]:
+        """An episode's turns: the policy's tokens, what they gave, and what was written to it then."""
+        assert self.step_rewards is not None
+        end = int(self.lengths[row])
+        tokens, chosen = self.tokens[row, :end].tolist(), self.response_mask[row, :end].tolist()
+        edges = [i for i in range(1, end) if chosen[i] != chosen[i - 1]] + [end]  # prompt | turn | reply | turn ...
+        pieces = [(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        rewards, out = self.step_rewards[row].tolist(), []
+        for k in range(0, len(pieces), 2):
+            (a, b), reply = pieces[k], pieces[k + 1] if k + 1 < len(pieces) else (end, end)
+            out.append(Turn(tuple(tokens[a:b]), sum(rewards[a:b]), tuple(tokens[reply[0] : reply[1]])))
+        return out
+
     def completions(self) -> list[Completion]:
         """The rows as records."""
         out = []
@@ -105,25 +121,55 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     return [torch.tensor(g) for g in groups]
 
 
-def from_completions(encoded: list[tuple[list[int], list[int]]], completions: list[Completion], pad_id: int) -> Rollout:
-    """A rollout of given texts: (prompt ids, completion ids) a row; log-probabilities are 0 (unknown)."""
-    width = max(len(p) + len(c) for p, c in encoded)
-    tokens = torch.full((len(encoded), width), pad_id)
-    token_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    response_mask = torch.zeros_like(token_mask)
-    for row, (prompt, answer) in enumerate(encoded):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        token_mask[row, :end] = True
-        response_mask[row, len(prompt) : end] = True
+@dataclass
+class Row:
+    """One episode as lists, a number a token. ``chosen``: the policy's own; ``rewards``: what each gave, if that is known."""
+
+    prompt: Prompt
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    def extend(self, tokens: Sequence[int], chosen: bool, logprobs: Sequence[float] | None = None) -> None:
+        self.tokens += tokens
+        self.chosen += [chosen] * len(tokens)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+
+
+def from_rows(rows: Sequence[Row], finished: Sequence[bool], texts: list[str], pad_id: int, device: torch.device, sampled: bool) -> Rollout:
+    """Episodes as a rollout, with their ``step_rewards``. Each ends with the policy's last token: what comes after is read by nobody."""
+    ends = [len(row.chosen) - row.chosen[::-1].index(True) for row in rows]
+    width = max(ends)
+
+    def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*v[:end], *[fill] * (width - end)] for v, end in zip(values, ends, strict=True)], dtype=dtype, device=device)
+
+    columns = torch.arange(width, device=device)[None]
     return Rollout(
-        tokens=tokens,
-        positions=torch.arange(width).expand_as(tokens),
-        token_mask=token_mask,
-        response_mask=response_mask,
-        engine_logprobs=torch.zeros(tokens.shape),
-        finished=torch.tensor([c.finished for c in completions]),
-        prompts=[c.prompt for c in completions],
-        indices=[c.index for c in completions],
-        texts=[c.text for c in completions],
+        tokens=table([row.tokens for row in rows], pad_id, torch.long),
+        positions=columns.expand(len(rows), -1),
+        token_mask=columns < torch.tensor(ends, device=device)[:, None],
+        response_mask=table([row.chosen for row in rows], False, torch.bool),
+        engine_logprobs=table([row.logprobs for row in rows], 0.0, torch.float32),
+        finished=torch.tensor(list(finished), device=device),
+        prompts=[row.prompt for row in rows],
+        indices=[row.index for row in rows],
+        texts=texts,
+        step_rewards=table([row.rewards for row in rows], 0.0, torch.float32),
+        sampled=sampled,
     )
+
+
+def from_completions(encoded: list[tuple[list[int], list[int]]], completions: list[Completion], pad_id: int) -> Rollout:
+    """A rollout of given texts: (prompt ids, completion ids) a row."""
+    rows = []
+    for (prompt, answer), completion in zip(encoded, completions, strict=True):
+        row = Row(completion.prompt, completion.index)
+        row.extend(prompt, chosen=False)
+        row.extend(answer, chosen=True)
+        rows.append(row)
+    texts, finished = [c.text for c in completions], [c.finished for c in completions]
+    return replace(from_rows(rows, finished, texts, pad_id, torch.device("cpu"), sampled=False), step_rewards=None)

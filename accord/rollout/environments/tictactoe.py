@@ -1,8 +1,8 @@
 """Tic-tac-toe as text: the classic first example of agent, environment, state, action and reward.
 
-The prompt and every answer are the board, nine characters a line (``X..O.....``), after the name of the policy's
-mark and a colon. A turn is the number of a cell, 0 to 8. Winning gives 1, a draw 0, losing -1; so does a turn that
-is no free cell's number.
+The prompt and every answer are the policy's mark, a colon and the board, nine characters with its number for each free
+cell (``O:0X2345678``). A turn is the number of a cell. Winning gives 1, a draw 0, losing -1; so does a turn that is no
+free cell's number.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def free(board: str) -> list[int]:
 
 def put(board: str, cell: int, mark: str) -> str:
     return board[:cell] + mark + board[cell + 1 :]
+
+
+def shown(board: str) -> str:
+    """With its number for each free cell, as the policy sees it."""
+    return "".join(str(cell) if mark == "." else mark for cell, mark in enumerate(board))
 
 
 def other(mark: str) -> str:
@@ -73,7 +78,7 @@ class Board:
         if winner(self.board) is None and free(self.board):
             self.board = put(self.board, self._opponent(self.board, other(self.mark), self._luck), other(self.mark))
             if winner(self.board) is None and free(self.board):
-                return Answer(0.0, f"{self.mark}:{self.board}", over=False)
+                return Answer(0.0, f"{self.mark}:{shown(self.board)}", over=False)
         won = winner(self.board)
         return Answer(0.0 if won is None else 1.0 if won == self.mark else -1.0)
 
@@ -82,7 +87,7 @@ class TicTacToe:
     """Half the games the policy begins, as X; in the others it answers X's first move, as O."""
 
     name = "tictactoe"
-    alphabet = "XO.:012345678"
+    alphabet = "XO:012345678"
     turn_tokens = 1
     max_turns = 5
 
@@ -92,10 +97,11 @@ class TicTacToe:
 
     def prompts(self) -> list[Prompt]:
         boards = [("X", "." * 9)] * 9 + [("O", put("." * 9, cell, "X")) for cell in range(9)]
-        return [Prompt(f"{self.name}-{i}", f"{mark}:{board}", theme=mark) for i, (mark, board) in enumerate(boards)]
+        return [Prompt(f"{self.name}-{i}", f"{mark}:{shown(board)}", theme=mark) for i, (mark, board) in enumerate(boards)]
 
     def start(self, prompt: Prompt, seed: int) -> Board:
-        mark, _, board = prompt.text.partition(":")
+        mark, _, text = prompt.text.partition(":")
+        board = "".join("." if cell.isdigit() else cell for cell in text)
         luck = random.Random(seed)
         return Board(board, mark, self.opponent(luck), luck)
 
