@@ -816,12 +816,15 @@ RATES = {
     "ilql": dict(
         learning_rate=3e-3,
         critic_learning_rate=3e-3,
-        epochs=1,
+        epochs=2,
+        minibatches=2,
         kl_coef=0.0,
-        max_steps=30,
-        prompts_per_step=64,
+        max_steps=20,
+        prompts_per_step=512,
         completions_per_prompt=1,
         expectile=0.8,
+        q_scale=0.02,
+        micro_batch_tokens=4096,
     ),
     "trpo": dict(trust_region=0.1, cg_iterations=5, kl_coef=0.0),
 }
@@ -833,7 +836,7 @@ def test_it_learns_a_preference_it_can_see(tiny, prompts, tmp_path, name):
     settings = RLSettings(**{**SMALL, **changes, "algorithm": name, **RATES.get(name, {})})
     outcome = run_of(tiny, prompts, tmp_path / "r", settings)
     sampling = settings.sampling(-1)
-    scores = [np.array(letters([], Engine(p).sample(prompts, 32, sampling).texts)) for p in (tiny, outcome.policy)]
+    scores = [np.array(letters([], Engine(p).sample(prompts, 128, sampling).texts)) for p in (tiny, outcome.policy)]
     difference = scores[1] - scores[0]
     assert difference.mean() > 4 * difference.std() / len(difference) ** 0.5
 

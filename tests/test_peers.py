@@ -131,7 +131,7 @@ def test_ppo_loss_and_gradient(batch):
             args = SimpleNamespace(temperature=TEMPERATURE, cliprange=EPSILON, cliprange_value=0.2, vf_coef=0.6)
             nothing = torch.zeros(B, T, dtype=torch.bool)
             # Their logits are divided in place and by temperature + 1e-7.
-            forward = lambda *_: (SimpleNamespace(logits=z * (1 + 1e-7 / TEMPERATURE)), v[..., None])
+            forward = lambda *_, z=z, v=v: (SimpleNamespace(logits=z * (1 + 1e-7 / TEMPERATURE)), v[..., None])
             out = lines_of(
                 ppo.PPOTrainer.train, "output, vpred_temp = forward(", "accelerator.backward(loss)", dict(
                     forward=forward, model=None, mb_query_responses=None, processing_class=SimpleNamespace(pad_token_id=0),
