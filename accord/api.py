@@ -269,7 +269,7 @@ class Prepared:
 def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
     """Open what a run's ``config.yaml`` names: model, prompts or environment, reward."""
     world = make_environment(config["environment"]) if config.get("environment") else None
-    offline = bool(config.get("completions"))
+    offline = bool(config.get("completions") or config.get("rankings"))
     needed = ("model", "rl") if world is not None or offline else ("model", "prompts", "reward", "rl")
     missing = next((key for key in needed if not config.get(key)), None)
     if missing:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -246,6 +247,30 @@ def test_more_padding_another_order_and_smaller_batches_change_nothing():
         again = fresh.advantages(w.experience().select(order), 0.1)
         width = again.mask.shape[1]
         torch.testing.assert_close(again.advantages, e.advantages[order][:, :width], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce", "dqn"])
+def test_the_side_of_the_padding_changes_nothing(name):
+    """Rollouts are padded on the right; the formulas do not ask. The same numbers moved to the right end of the row."""
+    w, algorithm = world(name)
+    e = w.experience()
+    ends, columns = e.rollout.lengths, torch.arange(T)
+    source = (columns[None] - (T - ends)[:, None]) % T  # where each column of the left-padded row comes from
+
+    def moved(x):
+        return x.gather(1, source)
+
+    names = ("tokens", "token_mask", "response_mask")
+    left = replace(e.rollout, **{n: moved(getattr(e.rollout, n)) for n in names}, positions=moved(e.rollout.positions))
+    fields = ("mask", "old_logprobs", "ref_logprobs", "raw_logprobs", "kl", "values")
+    f = replace(e, rollout=left, **{n: moved(getattr(e, n)) for n in fields})
+    assert not torch.equal(left.token_mask, e.rollout.token_mask)
+    e, f = algorithm.advantages(e, 0.1), world(name)[1].advantages(f, 0.1)
+    for n in ("rewards", "advantages", "returns"):
+        torch.testing.assert_close(getattr(f, n), moved(getattr(e, n)), rtol=1e-12, atol=1e-14)
+    loss = algorithm.td_loss if name == "dqn" else algorithm.loss
+    right, left = (float(loss(w.policy, w.critic, x, x.mask.sum())[0].detach()) for x in (e, f))
+    assert left == pytest.approx(right, rel=1e-12)
 
 
 def test_an_episode_in_two_turns_is_the_same_as_in_one():

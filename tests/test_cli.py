@@ -188,6 +188,87 @@ def test_a_run_s_settings_are_a_config_and_a_skipping_reward_is_told(home, capsy
         assert not (home / "d").exists(), words
 
 
+def test_learning_from_a_log(home, capsys):
+    """A run's completions, or ranked ones, teach offline; nothing is sampled but for the validation; resumed exactly."""
+    common = ["--model", "model", "--out", "runs/a", *RL]
+    assert accord(capsys, "rl", "--prompts", "prompts.jsonl", "--reward", "mine:short", *common)[0] == 0
+    offline = [
+        "rl", "--algorithm", "ilql", "--model", "model", "--completions", "runs/a/completions.jsonl", "--top-layers", "2",
+        "--prompts-per-step", "8", "--minibatches", "2", "--dtype", "float32", "--validate-every", "2", "--checkpoint-every", "1",
+    ]  # fmt: skip
+    code, out = accord(capsys, *offline, "--max-steps", "4", "--out", "runs/b")
+    assert code == 0 and "8 logged completions a step" in out
+    rows = [json.loads(line) for line in (home / "runs/b/completions.jsonl").read_text().splitlines()]
+    logged = {(r["completion"], r["score"]) for r in map(json.loads, (home / "runs/a/completions.jsonl").read_text().splitlines())}
+    assert len(rows) == 32 and {(r["completion"], r["score"]) for r in rows} <= logged
+    assert all(set(r["parts"]) == {"logged"} for r in rows)
+    validated = [*offline, "--validation", "prompts.jsonl", "--reward", "mine:short"]
+    assert accord(capsys, *validated, "--max-steps", "2", "--out", "runs/c")[0] == 0
+    config = home / "runs/c/config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 2", "max_steps: 4"))
+    assert accord(capsys, "resume", "runs/c")[0] == 0
+    b, c = (
+        [{k: v for k, v in json.loads(line).items() if "seconds" not in k and k != "validation_score"} for line in path.read_text().splitlines()]
+        for path in (home / "runs/b/metrics.jsonl", home / "runs/c/metrics.jsonl")
+    )  # fmt: skip
+    assert b == c and any("validation_score" in line for line in (home / "runs/c/metrics.jsonl").read_text().splitlines())
+    # Rankings in place of scores: 2 above 3, both above F.
+    assert accord(capsys, "sample", "--model", "model", "--prompts", "prompts.jsonl", "--out", "s.jsonl", "--per-prompt", "3")[0] == 0
+    (home / "r.jsonl").write_text(
+        "".join(json.dumps({"prompt_id": f"row-{i:05d}", "labeler": "me", "ranks": [2, 3, "F"]}) + "\n" for i in range(1, 11))
+    )
+    ranked = [*offline[:5], "--completions", "s.jsonl", "--rankings", "r.jsonl", *offline[7:]]
+    assert accord(capsys, *ranked, "--max-steps", "3", "--out", "runs/d")[0] == 0
+    rows = [json.loads(line) for line in (home / "runs/d/completions.jsonl").read_text().splitlines()]
+    assert sorted({r["score"] for r in rows}) == [-1, 0, 1]
+    assert (
+        accord(
+            capsys,
+            "sample",
+            "--model",
+            "runs/d/policy",
+            "--reference",
+            "model",
+            "--strength",
+            "2",
+            "--prompts",
+            "prompts.jsonl",
+            "--out",
+            "t.jsonl",
+        )[0]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--algorithm", "ilql", "--prompts", "prompts.jsonl", "--reward", "mine:short"],
+            "ilql learns offline, so it needs logged completions",
+        ),
+        (["--completions", "good.jsonl"], "ppo learns from its own completions; logged ones are for ilql"),
+        (["--algorithm", "ilql", "--rankings", "good.jsonl"], "give them too: --completions"),
+        (["--algorithm", "ilql", "--completions", "good.jsonl"], "1 logged completions are fewer than a step takes (64)"),
+        (
+            ["--algorithm", "ilql", "--completions", "noscore.jsonl"],
+            "noscore.jsonl:1 has no field 'score'; give scores, or say with --rankings",
+        ),
+        (["--algorithm", "ilql", "--completions", "nan.jsonl"], "nan.jsonl:1: field 'score' is 'high'; it must be a finite number"),
+        (["--algorithm", "ilql", "--completions", "turns.jsonl"], "turns.jsonl:1: each of its 'turns' needs 'tokens' and 'reply'"),
+        (["--algorithm", "ilql", "--completions", "good.jsonl", "--validation", "prompts.jsonl"], "Validation prompts need a reward"),
+        (["--algorithm", "ilql", "--completions", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_a_bad_log_is_one_sentence(home, capsys, arguments, message):
+    row = {"id": "p", "prompt": "hi", "completion": "yes", "score": 1.0}
+    for name, changed in (("good", row), ("nan", {**row, "score": "high"}), ("turns", {**row, "turns": [{"tokens": []}]})):
+        (home / f"{name}.jsonl").write_text(json.dumps(changed) + "\n")
+    (home / "noscore.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != "score"}) + "\n")
+    code, out = accord(capsys, "rl", "--model", "model", "--out", "runs/x", *arguments)
+    assert code == 2 and message in out and not (home / "runs/x").exists()
+
+
 def test_a_mistake_leaves_no_run_folder(home, capsys):
     """So that the corrected command can use the same name."""
     common = ["rl", "--model", "model", "--prompts", "prompts.jsonl", "--out", "runs/x", *RL]

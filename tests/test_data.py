@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from accord.data.pairs import group_pairs, pairs_of
+from accord.data.pairs import group_pairs, pairs_of, scored_by_rank
 from accord.data.records import Completion, Prompt, Ranking, split_of
 from accord.data.sources import read_completions, read_pairs, read_prompts, read_rankings, write_jsonl
 from accord.data.statistics import bootstrap_mean, bootstrap_ratio
@@ -140,6 +140,16 @@ def test_rankings_and_completions_round_trip(tmp_path):
 def test_bad_completions(tmp_path, bad):
     with pytest.raises(UserError, match=r"p\.jsonl:1: 'index' must be"):
         read_completions(write(tmp_path, {"id": "p", "prompt": "q", "completion": "c", **bad}))
+
+
+def test_scores_by_rank():
+    """Three completions: a first place is +1, a middle 0, a last -1; ties share; F is last; labelers are averaged."""
+    answers = {"p": [Completion(Prompt("p", "x"), t, True, i) for i, t in enumerate("abc")]}
+    scores = lambda *ranks: [one.score for one in scored_by_rank(answers, [Ranking("p", "l", r) for r in ranks])]
+    assert scores((1, 2, 3)) == [1, 0, -1] and scores((2, 2, None)) == [0.5, 0.5, -1] and scores((None, 1, None)) == [-0.5, 1, -0.5]
+    assert scores((1, 2, 3), (3, 2, 1)) == [0, 0, 0] and scores((1, 2, 3), (1, 3, 2)) == [1, -0.5, -0.5]
+    with pytest.raises(UserError, match="compare no two"):
+        scored_by_rank({"p": answers["p"][:1]}, [Ranking("p", "l", (1,))])
 
 
 def test_weightless_fails_leave_no_empty_groups():

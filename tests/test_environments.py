@@ -46,8 +46,8 @@ def test_minimax_against_every_reply():
 def test_a_game_by_hand():
     luck = random.Random(0)
     board = Board("." * 9, "X", lambda board, mark, luck: free(board)[0], luck)  # the opponent fills the first free cell
-    assert board.answer("4", True) == Answer(0.0, "X:O123X5678", over=False)
-    assert board.answer("2", True) == Answer(0.0, "X:OOX3X5678", over=False)
+    assert board.answer("4", True) == Answer(0.0, "O0X", over=False)
+    assert board.answer("2", True) == Answer(0.0, "O1X", over=False)
     assert board.answer("6", True) == Answer(1.0)  # 2, 4, 6
     for wrong in ("0", "9", "44", "", "x", "²"):
         assert Board("X........", "O", play_randomly, luck).answer(wrong, True) == Answer(-1.0)

@@ -12,11 +12,12 @@ from accord.nn.bundled import cache_folder
 
 NAME = "scratch"
 SHAPE: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "initializer_range": 0.1,
 }
 END = "<|end|>"
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from accord.rl.algorithms.qlearning import QLearning
 from accord.rl.experience import Experience, values_before
 from accord.rl.masked import masked_mean
 from accord.rl.objective import expectile_loss
-from accord.rl.optimize import Optimizer, means
+from accord.rl.optimize import Optimizer
 from accord.rl.qvalues import token_logits
 from accord.rollout.policy import Policy
 from accord.rollout.scoring import spread, states_of
@@ -38,17 +37,12 @@ class ILQL(QLearning):
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
         assert critic is not None
-        s, history = self.settings, []
         self.follow(policy, critic, step)
+        return super().update(policy, critic, optimizer, e, step)
 
-        def loss(rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-            return self.q_loss(policy, critic, self.with_targets(policy, critic, rows), count)
-
-        for epoch in range(s.epochs):
-            order = np.random.default_rng([s.seed, step, epoch]).permutation(len(e.scores))
-            for rows in np.split(order, s.minibatches):
-                history.append(optimizer.step(e.select(torch.from_numpy(rows)), loss))
-        return means(history)
+    def loss(self, policy: Policy, critic: ScalarModel | None, rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert critic is not None
+        return self.q_loss(policy, critic, self.with_targets(policy, critic, rows), count)
 
     @torch.no_grad()
     def with_targets(self, policy: Policy, critic: ScalarModel, rows: Experience) -> Experience:

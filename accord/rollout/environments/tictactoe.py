@@ -1,8 +1,7 @@
 """Tic-tac-toe as text: the classic first example of agent, environment, state, action and reward.
 
-The prompt and every answer are the policy's mark, a colon and the board, nine characters with its number for each free
-cell (``O:0X2345678``). A turn is the number of a cell. Winning gives 1, a draw 0, losing -1; so does a turn that is no
-free cell's number.
+A game is written as it is played, a mark and a cell a move: ``X4O0X2O1X6``. The policy writes the cells of its own
+mark, 0 to 8, row by row. Winning gives 1, a draw 0, losing -1; so does a turn that is no free cell.
 """
 
 from __future__ import annotations
@@ -30,11 +29,6 @@ def free(board: str) -> list[int]:
 
 def put(board: str, cell: int, mark: str) -> str:
     return board[:cell] + mark + board[cell + 1 :]
-
-
-def shown(board: str) -> str:
-    """With its number for each free cell, as the policy sees it."""
-    return "".join(str(cell) if mark == "." else mark for cell, mark in enumerate(board))
 
 
 def other(mark: str) -> str:
@@ -65,6 +59,10 @@ def play_perfectly(board: str, mark: str, luck: random.Random) -> int:
     return luck.choice(best_cells(board, mark))
 
 
+def play_half_perfectly(board: str, mark: str, luck: random.Random) -> int:
+    return (play_perfectly if luck.random() < 0.5 else play_randomly)(board, mark, luck)
+
+
 class Board:
     """One game, the policy's turn."""
 
@@ -76,9 +74,11 @@ class Board:
             return Answer(-1.0)
         self.board = put(self.board, int(text), self.mark)
         if winner(self.board) is None and free(self.board):
-            self.board = put(self.board, self._opponent(self.board, other(self.mark), self._luck), other(self.mark))
+            theirs = other(self.mark)
+            cell = self._opponent(self.board, theirs, self._luck)
+            self.board = put(self.board, cell, theirs)
             if winner(self.board) is None and free(self.board):
-                return Answer(0.0, f"{self.mark}:{shown(self.board)}", over=False)
+                return Answer(0.0, f"{theirs}{cell}{self.mark}", over=False)
         won = winner(self.board)
         return Answer(0.0 if won is None else 1.0 if won == self.mark else -1.0)
 
@@ -87,7 +87,7 @@ class TicTacToe:
     """Half the games the policy begins, as X; in the others it answers X's first move, as O."""
 
     name = "tictactoe"
-    alphabet = "XO:012345678"
+    alphabet = "XO012345678"
     turn_tokens = 1
     max_turns = 5
 
@@ -96,13 +96,12 @@ class TicTacToe:
         raise NotImplementedError
 
     def prompts(self) -> list[Prompt]:
-        boards = [("X", "." * 9)] * 9 + [("O", put("." * 9, cell, "X")) for cell in range(9)]
-        return [Prompt(f"{self.name}-{i}", f"{mark}:{shown(board)}", theme=mark) for i, (mark, board) in enumerate(boards)]
+        return [Prompt(f"{self.name}-{i}", text, theme=text[-1]) for i, text in enumerate(["X"] * 9 + [f"X{cell}O" for cell in range(9)])]
 
     def start(self, prompt: Prompt, seed: int) -> Board:
-        mark, _, text = prompt.text.partition(":")
-        board = "".join("." if cell.isdigit() else cell for cell in text)
-        luck = random.Random(seed)
+        luck, board, mark = random.Random(seed), "." * 9, prompt.text[-1]
+        for move, cell in zip(prompt.text[:-1:2], prompt.text[1:-1:2], strict=True):
+            board = put(board, int(cell), move)
         return Board(board, mark, self.opponent(luck), luck)
 
 
@@ -123,9 +122,9 @@ class Perfect(TicTacToe):
 
 
 class Mixed(TicTacToe):
-    """Half the games against each: what to train on to lose against neither."""
+    """Against one whose every move is either, by a coin: what to train on to lose against neither."""
 
     name = "tictactoe-mixed"
 
     def opponent(self, luck: random.Random) -> Opponent:
-        return play_randomly if luck.random() < 0.5 else play_perfectly
+        return play_half_perfectly

@@ -1,0 +1,275 @@
+"""All algorithms on three tasks, with equal sample budgets and three seeds: docs/algorithms-compared.md and its chart.
+
+    .venv/bin/python bench/algorithms.py                  # what is missing, two runs side by side, then table and chart
+    .venv/bin/python bench/algorithms.py --only arithmetic ppo   # runs whose name holds one of these words; table of what is there
+
+Tasks: sums of digits and tic-tac-toe, learned from nothing by a small transformer; and the demo's reward model with
+SmolLM2-135M (needs runs/demo, from ``make demo``). Every run is a folder in runs/bench-algorithms/ and has one thread to itself.
+ILQL, which learns offline, gets the completions of PPO's run with the same seed: the same number, and none of its own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+RUNS, TABLE, CHART = ROOT / "runs/bench-algorithms", ROOT / "docs/algorithms-compared.md", ROOT / "docs/algorithms-compared.svg"
+ALGORITHMS = ("ppo", "ppo-penalty", "grpo", "rloo", "reinforce", "a2c", "trpo", "nlpo", "dqn", "ilql")
+OFF_POLICY = ("dqn", "ilql")
+SEEDS = (0, 1, 2)
+
+SCRATCH = dict(kl_coef=0.0, kl_warn=1e9, truncation="nothing", dtype="float32", rows=512, warmup_steps=2, checkpoint_every=1000,
+               learning_rate=1e-3, critic_learning_rate=1e-3, entropy_coef=0.01, value_clip=None)  # fmt: skip
+TASKS = {
+    "arithmetic": dict(title="sums of two digits", per_step=128, settings={**SCRATCH, "max_steps": 60}),
+    "tictactoe": dict(title="tic-tac-toe against a random opponent", per_step=256, settings={**SCRATCH, "max_steps": 60, "entropy_coef": 0.03}),
+    "reward": dict(title="the demo's reward model, SmolLM2-135M", per_step=32, settings=dict(
+        top_layers=4, max_new_tokens=24, temperature=0.8, truncation="nothing", kl_coef=0.02, learning_rate=1e-4, checkpoint_every=1000,
+        micro_batch_tokens=2048, max_steps=16, kl_warn=1e9,
+    )),
+}  # fmt: skip
+ONE_STEP = dict(learning_rate=3e-3, critic_learning_rate=3e-3)  # one optimizer step a rollout: a longer one
+OWN = {
+    ("scratch", "ppo"): dict(minibatches=4, epochs=3),
+    ("scratch", "ppo-penalty"): dict(minibatches=4, epochs=3),
+    ("scratch", "nlpo"): dict(minibatches=4, epochs=3, mask_top_p=0.99),
+    ("scratch", "grpo"): dict(minibatches=4, epochs=3, kl_in="reward"),
+    ("scratch", "reinforce"): dict(learning_rate=2e-3, whiten_advantages=True),
+    ("scratch", "rloo"): dict(learning_rate=2e-3),
+    ("scratch", "a2c"): dict(learning_rate=2e-3, critic_learning_rate=2e-3),
+    ("scratch", "trpo"): dict(trust_region=0.02),
+    ("scratch", "dqn"): dict(q_scale=0.02, n_step=2, replay_steps=16, target_every=2, epochs=4),
+    ("scratch", "ilql"): dict(q_scale=0.1, expectile=0.9, epochs=2, n_step=1, target_every=2),
+    ("reward", "reinforce"): dict(learning_rate=3e-4, whiten_advantages=True),
+    ("reward", "rloo"): dict(learning_rate=3e-4),
+    ("reward", "a2c"): dict(learning_rate=3e-4),
+    ("reward", "grpo"): dict(kl_coef=0.02),
+    ("reward", "trpo"): dict(trust_region=0.02, cg_iterations=5),
+    ("reward", "dqn"): dict(n_step=24, q_scale=0.1),
+    ("reward", "ilql"): dict(n_step=24, q_scale=0.1),
+}
+
+
+def settings_of(task, name, seed):
+    """Every algorithm samples ``per_step`` completions a step: in groups of four where it compares them, else one a prompt."""
+    from accord.rl.registry import ALGORITHMS as SPECS
+
+    spec, kind = SPECS[name], "reward" if task == "reward" else "scratch"
+    given = {**TASKS[task]["settings"], **OWN.get((kind, name), {}), "algorithm": name, "seed": seed}
+    each = 4 if spec.advantages[0] in ("leave_one_out", "group") else 1
+    given |= {"completions_per_prompt": each, "prompts_per_step": TASKS[task]["per_step"] // each}
+    return {k: v for k, v in given.items() if k not in spec.unused}
+
+
+def run(task, name, seed):
+    """One run, in this process: train, then measure against the start; writes result.json into the run's folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    from accord.api import load_start, train_rl
+    from accord.data.sources import read_lines
+    from accord.rollout.environments import make_environment
+
+    folder, settings = RUNS / f"{task}-{name}-{seed}", settings_of(task, name, seed)
+    given = {}
+    if task == "reward":
+        start = load_start("smollm2-135m-instruct", "auto", None)
+        prompts, held = demo_prompts()
+        given = dict(prompts=prompts, reward=str(ROOT / "runs/demo/reward"), validation=[])
+    else:
+        world = make_environment(task)
+        start = load_start("scratch", "float32", world)
+        given = dict(environment=world, validation=[])
+    if name == "ilql":
+        given["completions"] = RUNS / f"{task}-ppo-{seed}" / "completions.jsonl"
+        given.pop("prompts", None)
+        given.pop("validation")
+        if task == "reward":
+            given.pop("reward")
+    outcome = train_rl(start, out=folder, **given, **settings)
+    metrics = [m for m in read_lines(folder / "metrics.jsonl") if "score" in m]
+    seconds = np.cumsum([sum(m[f"seconds/{part}"] for part in ("rollout", "score", "update")) for m in metrics])
+    measured = measure_texts(outcome.policy, start, held) if task == "reward" else measure_play(outcome.policy, start, task)
+    curve = [[m["step"], m["score"], m["kl"], s] for m, s in zip(metrics, seconds.tolist(), strict=True)]
+    (folder / "result.json").write_text(json.dumps({"task": task, "algorithm": name, "seed": seed, "curve": curve, **measured}))
+
+
+def demo_prompts():
+    """The demo's training prompts, and some of its held-out ones."""
+    from accord.data.records import split_of
+    from accord.data.sources import read_prompts
+
+    prompts = read_prompts(ROOT / "accord/recipes/prompts.jsonl")
+    return [p for p in prompts if split_of(p.id) == "train"], [p for p in prompts if split_of(p.id) == "heldout"][:128]
+
+
+def measure_play(policy, start, task):
+    """Rewards of 1000 episodes of each, sampled at temperature 1; in tic-tac-toe also what greedy play loses."""
+    from accord.api import play_episodes
+
+    totals = [play_episodes(p, task, 1000).step_rewards.sum(-1) for p in (policy, start)]
+    out = {"after": totals[0].tolist(), "before": totals[1].tolist()}
+    if task == "tictactoe":
+        greedy = [play_episodes(policy, opponent, 1000, 0.0).step_rewards.sum(-1) for opponent in (task, "tictactoe-perfect")]
+        out |= {"lost_random": float((greedy[0] < 0).float().mean()), "lost_perfect": float((greedy[1] < 0).float().mean())}
+    return out
+
+
+def measure_texts(policy, start, held):
+    """Scores of a completion of each held-out prompt, with the same luck."""
+    from accord.reward.sources import build_reward
+    from accord.rollout.engine import Engine
+    from accord.rollout.sampling import Sampling
+
+    reward, sampling = build_reward(str(ROOT / "runs/demo/reward"), start), Sampling(0.8, max_new_tokens=24, seed=10**6)
+    return {
+        name: reward(Engine(p).sample(held, 1, sampling, keep_trunk=True)).total.tolist() for name, p in (("after", policy), ("before", start))
+    }
+
+
+def estimate(results):
+    """Gain over the start, mean over seeds, with a 95% interval: episodes and prompts resampled within each seed."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for r in results:
+        after, before = np.array(r["after"]), np.array(r["before"])
+        a, b = (x[rng.integers(0, len(x), (2000, len(x)))].mean(1) for x in (after, before))
+        draws.append(a - b)
+    means = [np.mean(r["after"]) - np.mean(r["before"]) for r in results]
+    noise = np.mean(draws, axis=0) - np.mean(means)
+    between = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0  # seeds differ too
+    half = float(np.hypot(1.96 * noise.std(), 4.30 * between)) if len(means) > 1 else float(1.96 * noise.std())
+    return float(np.mean(means)), half
+
+
+def load():
+    found = {}
+    for path in sorted(RUNS.glob("*/result.json")):
+        r = json.loads(path.read_text())
+        found.setdefault((r["task"], r["algorithm"]), []).append(r)
+    return found
+
+
+def table(found):
+    from demo import processor
+
+    lines = ["# Algorithms compared", "", "![reward against wall-clock and against KL](algorithms-compared.svg)", ""]
+    for task, about in TASKS.items():
+        s = about["settings"]
+        budget = f"{s['max_steps']} steps of {about['per_step']} completions"
+        lines += [f"## {about['title'].capitalize()}", "", f"{budget}, {len(SEEDS)} seeds.", ""]
+        extra = task == "tictactoe"
+        head = ["algorithm", "reward: start → end", "gain [95%]", "KL (nats a completion)", "seconds"]
+        head += ["greedy play loses to random", "to perfect"] if extra else []
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in ALGORITHMS:
+            results = found.get((task, name))
+            if not results:
+                continue
+            gain, half = estimate(results)
+            before, after = (np.mean([np.mean(r[k]) for r in results]) for k in ("before", "after"))
+            last = np.mean([r["curve"][-1][2:] for r in results], axis=0)
+            cells = [f"`{name}`", f"{before:.2f} → {after:.2f}", f"{gain:+.2f} [{gain - half:+.2f}, {gain + half:+.2f}]", f"{last[0]:.1f}", f"{last[1]:.0f}"]
+            if extra:
+                cells += [f"{np.mean([r[k] for r in results]):.1%}" for k in ("lost_random", "lost_perfect")]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "Reward and gain are of the policy after training, sampled at the training temperature: 1000 episodes, or 128 held-out prompts.",
+        "Intervals are over seeds and samples (Student's t with two degrees of freedom between seeds). Seconds are those of rollout, scoring",
+        "and update on one thread. `ilql` learns from the completions of `ppo`'s runs; its KL is on those. Settings are in `bench/algorithms.py`;",
+        "they were chosen once for each algorithm, not searched.",
+        "",
+        f"{processor()}, {os.cpu_count()} cores, one thread a run; torch {version('torch')}. Made by `make bench-algorithms`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+COLORS = ("#1b6ca8", "#7fb3d5", "#2e8b57", "#8fce9f", "#c0392b", "#e59866", "#7d3c98", "#c39bd3", "#4d5656", "#b7950b")
+
+
+def chart(found):
+    """Three rows of two: reward against seconds and against KL, mean over seeds, smoothed over five steps."""
+    from accord.evaluation.charts import nice_ticks
+
+    wide, high, left, top = 430, 230, 52, 46
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * wide} {len(TASKS) * high + top}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{2 * wide}" height="{len(TASKS) * high + top}" fill="white"/>',
+    ]
+    for i, name in enumerate(ALGORITHMS):
+        x = 20 + i * 84
+        parts.append(f'<rect x="{x}" y="12" width="12" height="4" fill="{COLORS[i]}"/><text x="{x + 16}" y="18">{name}</text>')
+    for row, (task, about) in enumerate(TASKS.items()):
+        curves = {n: smooth(np.mean([r["curve"] for r in found[task, n]], axis=0)) for n in ALGORITHMS if (task, n) in found and n != "ilql"}
+        if not curves:
+            continue
+        ys = np.concatenate([c[:, 1] for c in curves.values()])
+        ticks = nice_ticks(float(ys.min()), float(ys.max()))
+        for column, (which, label) in enumerate(((3, "seconds"), (2, "KL to the start, nats a completion"))):
+            x0, y0, w, h = column * wide + left, top + row * high + 22, wide - left - 16, high - 66
+            right = max(float(np.quantile(c[:, which], 0.99)) for c in curves.values())
+            at = lambda x, y, x0=x0, y0=y0, w=w, h=h, right=right, ticks=ticks: (
+                x0 + min(x / right, 1) * w, y0 + (ticks[-1] - y) / (ticks[-1] - ticks[0]) * h,
+            )  # fmt: skip
+            if column == 0:
+                parts.append(f'<text x="{x0}" y="{y0 - 8}" font-weight="bold">{about["title"]}: reward</text>')
+            for tick in ticks:
+                y = at(0, tick)[1]
+                parts.append(f'<line x1="{x0}" x2="{x0 + w}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+                parts.append(f'<text x="{x0 - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+            for tick in nice_ticks(0, right):
+                if tick <= right:
+                    parts.append(f'<text x="{at(tick, 0)[0]:.1f}" y="{y0 + h + 14}" text-anchor="middle">{tick:g}</text>')
+            parts.append(f'<text x="{x0 + w}" y="{y0 + h + 28}" text-anchor="end" fill="#555">{label}</text>')
+            for name, c in curves.items():
+                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p[which], p[1]) for p in c))
+                parts.append(f'<polyline points="{points}" fill="none" stroke="{COLORS[ALGORITHMS.index(name)]}" stroke-width="1.6"><title>{name}</title></polyline>')
+    return "".join([*parts, "</svg>\n"])
+
+
+def smooth(curve, over=5):
+    kernel = np.ones(over) / over
+    return np.stack([np.convolve(np.pad(c, (over // 2, over // 2), mode="edge"), kernel, "valid") for c in curve.T], axis=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="words; a run's name must hold all of them")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        return run(arguments.one[0], arguments.one[1], int(arguments.one[2]))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    todo = [(t, n, s) for t in TASKS for s in SEEDS for n in ALGORITHMS if all(w in (t, n, str(s)) for w in arguments.only)]
+    todo = [key for key in todo if not (RUNS / "-".join(map(str, key)) / "result.json").exists()]
+    if any(t == "reward" for t, _, _ in todo) and not (ROOT / "runs/demo/reward").is_dir():
+        sys.exit("runs/demo/reward is missing: run make demo first.")
+
+    def start(key):
+        folder = RUNS / "-".join(map(str, key))
+        subprocess.run(["rm", "-rf", str(folder)], check=True)  # cut by something
+        with open(RUNS / f"{folder.name}.log", "w") as log:
+            command = [sys.executable, __file__, "--one", *map(str, key)]
+            code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
+        print(f"{folder.name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+
+    with ThreadPoolExecutor(2) as pool:  # ILQL last: it reads PPO's completions
+        list(pool.map(start, [key for key in todo if key[1] != "ilql"]))
+        list(pool.map(start, [key for key in todo if key[1] == "ilql"]))
+    found = load()
+    TABLE.write_text(table(found))
+    CHART.write_text(chart(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
