@@ -1,7 +1,7 @@
 """All algorithms on three tasks, with equal sample budgets and three seeds: docs/algorithms-compared.md and its chart.
 
     .venv/bin/python bench/algorithms.py                  # what is missing, two runs side by side, then table and chart
-    .venv/bin/python bench/algorithms.py --only arithmetic ppo   # runs whose name holds one of these words; table of what is there
+    .venv/bin/python bench/algorithms.py --only arithmetic ppo   # PPO's runs on sums; table of what is there
 
 Tasks: sums of digits and tic-tac-toe, learned from nothing by a small transformer; and the demo's reward model with
 SmolLM2-135M (needs runs/demo, from ``make demo``). Every run is a folder in runs/bench-algorithms/ and has one thread to itself.
@@ -30,13 +30,12 @@ SCRATCH = dict(kl_coef=0.0, kl_warn=1e9, truncation="nothing", dtype="float32", 
                learning_rate=1e-3, critic_learning_rate=1e-3, entropy_coef=0.01, value_clip=None)  # fmt: skip
 TASKS = {
     "arithmetic": dict(title="sums of two digits", per_step=128, settings={**SCRATCH, "max_steps": 60}),
-    "tictactoe": dict(title="tic-tac-toe against a random opponent", per_step=256, settings={**SCRATCH, "max_steps": 60, "entropy_coef": 0.03}),
-    "reward": dict(title="the demo's reward model, SmolLM2-135M", per_step=32, settings=dict(
-        top_layers=4, max_new_tokens=24, temperature=0.8, truncation="nothing", kl_coef=0.02, learning_rate=1e-4, checkpoint_every=1000,
-        micro_batch_tokens=2048, max_steps=16, kl_warn=1e9,
+    "tictactoe": dict(title="tic-tac-toe against a random opponent", per_step=256, settings={**SCRATCH, "max_steps": 60, "entropy_coef": 0.05, "learning_rate": 5e-4}),
+    "reward": dict(title="the demo's reward model, SmolLM2-135M", per_step=64, settings=dict(
+        top_layers=4, max_new_tokens=48, temperature=0.8, truncation="nothing", kl_coef=0.05, learning_rate=1e-4, checkpoint_every=1000,
+        micro_batch_tokens=2048, max_steps=12, kl_warn=1e9,
     )),
 }  # fmt: skip
-ONE_STEP = dict(learning_rate=3e-3, critic_learning_rate=3e-3)  # one optimizer step a rollout: a longer one
 OWN = {
     ("scratch", "ppo"): dict(minibatches=4, epochs=3),
     ("scratch", "ppo-penalty"): dict(minibatches=4, epochs=3),
@@ -45,17 +44,22 @@ OWN = {
     ("scratch", "reinforce"): dict(learning_rate=2e-3, whiten_advantages=True),
     ("scratch", "rloo"): dict(learning_rate=2e-3),
     ("scratch", "a2c"): dict(learning_rate=2e-3, critic_learning_rate=2e-3),
-    ("scratch", "trpo"): dict(trust_region=0.02),
+    ("scratch", "trpo"): dict(trust_region=0.02, cg_iterations=6),
     ("scratch", "dqn"): dict(q_scale=0.02, n_step=2, replay_steps=16, target_every=2, epochs=4),
     ("scratch", "ilql"): dict(q_scale=0.1, expectile=0.9, epochs=2, n_step=1, target_every=2),
     ("reward", "reinforce"): dict(learning_rate=3e-4, whiten_advantages=True),
     ("reward", "rloo"): dict(learning_rate=3e-4),
     ("reward", "a2c"): dict(learning_rate=3e-4),
-    ("reward", "grpo"): dict(kl_coef=0.02),
+    ("reward", "grpo"): dict(epochs=2),
     ("reward", "trpo"): dict(trust_region=0.02, cg_iterations=5),
-    ("reward", "dqn"): dict(n_step=24, q_scale=0.1),
-    ("reward", "ilql"): dict(n_step=24, q_scale=0.1),
+    ("reward", "dqn"): dict(n_step=48, q_scale=0.1),
+    ("reward", "ilql"): dict(n_step=48, q_scale=0.1),
 }
+
+
+BEST = dict(learning_rate=3e-4, critic_learning_rate=1e-3, minibatches=4, epochs=4, entropy_coef=0.1, gae_lambda=0.8,
+            prompts_per_step=512, max_steps=500)  # fmt: skip
+"""Tic-tac-toe to strength: PPO against ``tictactoe-mixed``."""
 
 
 def settings_of(task, name, seed):
@@ -63,9 +67,10 @@ def settings_of(task, name, seed):
     from accord.rl.registry import ALGORITHMS as SPECS
 
     spec, kind = SPECS[name], "reward" if task == "reward" else "scratch"
-    given = {**TASKS[task]["settings"], **OWN.get((kind, name), {}), "algorithm": name, "seed": seed}
+    given = {**TASKS[task.removesuffix("-mixed")]["settings"], **OWN.get((kind, name), {}), "algorithm": name, "seed": seed}
     each = 4 if spec.advantages[0] in ("leave_one_out", "group") else 1
-    given |= {"completions_per_prompt": each, "prompts_per_step": TASKS[task]["per_step"] // each}
+    given |= {"completions_per_prompt": each, "prompts_per_step": TASKS[task.removesuffix("-mixed")]["per_step"] // each}
+    given |= BEST if task == "tictactoe-mixed" else {}
     return {k: v for k, v in given.items() if k not in spec.unused}
 
 
@@ -108,7 +113,7 @@ def demo_prompts():
     from accord.data.sources import read_prompts
 
     prompts = read_prompts(ROOT / "accord/recipes/prompts.jsonl")
-    return [p for p in prompts if split_of(p.id) == "train"], [p for p in prompts if split_of(p.id) == "heldout"][:128]
+    return [p for p in prompts if split_of(p.id) == "train"], [p for p in prompts if split_of(p.id) == "heldout"][:64]
 
 
 def measure_play(policy, start, task):
@@ -117,9 +122,53 @@ def measure_play(policy, start, task):
 
     totals = [play_episodes(p, task, 1000).step_rewards.sum(-1) for p in (policy, start)]
     out = {"after": totals[0].tolist(), "before": totals[1].tolist()}
-    if task == "tictactoe":
-        greedy = [play_episodes(policy, opponent, 1000, 0.0).step_rewards.sum(-1) for opponent in (task, "tictactoe-perfect")]
-        out |= {"lost_random": float((greedy[0] < 0).float().mean()), "lost_perfect": float((greedy[1] < 0).float().mean())}
+    if task.startswith("tictactoe"):
+        for against, opponent in (("random", "tictactoe"), ("perfect", "tictactoe-perfect")):
+            out[f"lost_{against}"] = float((play_episodes(policy, opponent, 5000, 0.0).step_rewards.sum(-1) < 0).float().mean())
+        out |= from_positions(policy)
+    return out
+
+
+def from_positions(policy):
+    """Greedy play against minimax from every won or drawn position, the policy to move, that its own play can reach.
+
+    Whatever the opponent does is followed. A position counts as lost if one of four games from it is lost; minimax draws
+    among its best moves by luck.
+    """
+    from accord.data.records import Prompt
+    from accord.rollout.engine import Engine
+    from accord.rollout.environments import make_environment
+    from accord.rollout.environments.tictactoe import free, other, put, value, winner
+    from accord.rollout.episodes import play
+    from accord.rollout.sampling import Sampling
+
+    engine, world, out = Engine(policy, 512), make_environment("tictactoe-perfect"), {}
+
+    def lost(texts):
+        prompts = [Prompt(text, text) for text in texts]
+        rewards = play(engine, world, prompts, 4, Sampling(0.0)).step_rewards.sum(-1).view(-1, 4)
+        return float((rewards < 0).any(-1).float().mean())
+
+    kept = []
+    own = {mark: [("", "." * 9, "X")] for mark in "XO"}  # what the policy's own play reaches, as the text of the game
+    for me in "XO":
+        while own[me]:
+            mine = [(t, b) for t, b, mover in own[me] if mover == me]
+            kept += [f"{t}{me}" for t, b in mine if value(b, me) >= 0]
+            answers = (
+                engine.go_on(
+                    [policy.tokenizer.encode_prompt(f"{t}{me}") for t, _ in mine], [t for t, _ in mine], Sampling(0.0, max_new_tokens=1)
+                )
+                if mine
+                else []
+            )
+            chosen = [policy.tokenizer.decode(tokens) for tokens, _, _ in answers]
+            following = [
+                (f"{t}{me}{c}", put(b, int(c), me), other(me)) for (t, b), c in zip(mine, chosen, strict=True) if c in map(str, free(b))
+            ]
+            following += [(f"{t}{mover}{c}", put(b, c, mover), me) for t, b, mover in own[me] if mover != me for c in free(b)]
+            own[me] = [(t, b, m) for t, b, m in following if winner(b) is None and free(b)]
+    out["lost_reached"], out["reached"] = lost(sorted(set(kept))), len(set(kept))
     return out
 
 
@@ -129,9 +178,10 @@ def measure_texts(policy, start, held):
     from accord.rollout.engine import Engine
     from accord.rollout.sampling import Sampling
 
-    reward, sampling = build_reward(str(ROOT / "runs/demo/reward"), start), Sampling(0.8, max_new_tokens=24, seed=10**6)
+    reward, sampling = build_reward(str(ROOT / "runs/demo/reward"), start), Sampling(0.8, max_new_tokens=48, seed=10**6)
     return {
-        name: reward(Engine(p).sample(held, 1, sampling, keep_trunk=True)).total.tolist() for name, p in (("after", policy), ("before", start))
+        name: reward(Engine(p).sample(held, 1, sampling, keep_trunk=True)).total.tolist()
+        for name, p in (("after", policy), ("before", start))
     }
 
 
@@ -177,13 +227,28 @@ def table(found):
             gain, half = estimate(results)
             before, after = (np.mean([np.mean(r[k]) for r in results]) for k in ("before", "after"))
             last = np.mean([r["curve"][-1][2:] for r in results], axis=0)
-            cells = [f"`{name}`", f"{before:.2f} → {after:.2f}", f"{gain:+.2f} [{gain - half:+.2f}, {gain + half:+.2f}]", f"{last[0]:.1f}", f"{last[1]:.0f}"]
+            cells = [
+                f"`{name}`",
+                f"{before:.2f} → {after:.2f}",
+                f"{gain:+.2f} [{gain - half:+.2f}, {gain + half:+.2f}]",
+                f"{last[0]:.1f}",
+                f"{last[1]:.0f}",
+            ]
             if extra:
                 cells += [f"{np.mean([r[k] for r in results]):.1%}" for k in ("lost_random", "lost_perfect")]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+        best = found.get(("tictactoe-mixed", "ppo")) if extra else None
+        if best:
+            b = best[0]
+            lines += [
+                f"To strength: `ppo` for {BEST['max_steps']} steps of {BEST['prompts_per_step']} games against `tictactoe-mixed` ({b['curve'][-1][3] / 60:.0f} minutes).",
+                f"Playing greedily it loses {b['lost_random']:.1%} of 5000 games to the random opponent and {b['lost_perfect']:.1%} to minimax. From the",
+                f"{b['reached']} won or drawn positions that its own play can reach, whatever the other side does, minimax beats it in {b['lost_reached']:.1%}.",
+                "",
+            ]
     lines += [
-        "Reward and gain are of the policy after training, sampled at the training temperature: 1000 episodes, or 128 held-out prompts.",
+        "Reward and gain are of the policy after training, sampled at the training temperature: 1000 episodes, or 64 held-out prompts.",
         "Intervals are over seeds and samples (Student's t with two degrees of freedom between seeds). Seconds are those of rollout, scoring",
         "and update on one thread. `ilql` learns from the completions of `ppo`'s runs; its KL is on those. Settings are in `bench/algorithms.py`;",
         "they were chosen once for each algorithm, not searched.",
@@ -209,7 +274,9 @@ def chart(found):
         x = 20 + i * 84
         parts.append(f'<rect x="{x}" y="12" width="12" height="4" fill="{COLORS[i]}"/><text x="{x + 16}" y="18">{name}</text>')
     for row, (task, about) in enumerate(TASKS.items()):
-        curves = {n: smooth(np.mean([r["curve"] for r in found[task, n]], axis=0)) for n in ALGORITHMS if (task, n) in found and n != "ilql"}
+        curves = {
+            n: smooth(np.mean([r["curve"] for r in found[task, n]], axis=0)) for n in ALGORITHMS if (task, n) in found and n != "ilql"
+        }
         if not curves:
             continue
         ys = np.concatenate([c[:, 1] for c in curves.values()])
@@ -232,7 +299,9 @@ def chart(found):
             parts.append(f'<text x="{x0 + w}" y="{y0 + h + 28}" text-anchor="end" fill="#555">{label}</text>')
             for name, c in curves.items():
                 points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p[which], p[1]) for p in c))
-                parts.append(f'<polyline points="{points}" fill="none" stroke="{COLORS[ALGORITHMS.index(name)]}" stroke-width="1.6"><title>{name}</title></polyline>')
+                parts.append(
+                    f'<polyline points="{points}" fill="none" stroke="{COLORS[ALGORITHMS.index(name)]}" stroke-width="1.6"><title>{name}</title></polyline>'
+                )
     return "".join([*parts, "</svg>\n"])
 
 
@@ -243,13 +312,14 @@ def smooth(curve, over=5):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="words; a run's name must hold all of them")
+    parser.add_argument("--only", nargs="*", default=[], help="a task, an algorithm, a seed: runs that are all of these")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         return run(arguments.one[0], arguments.one[1], int(arguments.one[2]))
     RUNS.mkdir(parents=True, exist_ok=True)
-    todo = [(t, n, s) for t in TASKS for s in SEEDS for n in ALGORITHMS if all(w in (t, n, str(s)) for w in arguments.only)]
+    todo = [("tictactoe-mixed", "ppo", 0), *((t, n, s) for t in TASKS for s in SEEDS for n in ALGORITHMS)]
+    todo = [(t, n, s) for t, n, s in todo if all(w in (t, n, str(s)) for w in arguments.only)]
     todo = [key for key in todo if not (RUNS / "-".join(map(str, key)) / "result.json").exists()]
     if any(t == "reward" for t, _, _ in todo) and not (ROOT / "runs/demo/reward").is_dir():
         sys.exit("runs/demo/reward is missing: run make demo first.")
@@ -262,9 +332,8 @@ def main():
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
         print(f"{folder.name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
 
-    with ThreadPoolExecutor(2) as pool:  # ILQL last: it reads PPO's completions
-        list(pool.map(start, [key for key in todo if key[1] != "ilql"]))
-        list(pool.map(start, [key for key in todo if key[1] == "ilql"]))
+    with ThreadPoolExecutor(2) as pool:  # in this order, so that PPO's completions are there when ILQL reads them
+        list(pool.map(start, todo))
     found = load()
     TABLE.write_text(table(found))
     CHART.write_text(chart(found))
