@@ -147,6 +147,7 @@ def test_scores_by_rank():
     answers = {"p": [Completion(Prompt("p", "x"), t, True, i) for i, t in enumerate("abc")]}
     scores = lambda *ranks: [one.score for one in scored_by_rank(answers, [Ranking("p", "l", r) for r in ranks])]
     assert scores((1, 2, 3)) == [1, 0, -1] and scores((2, 2, None)) == [0.5, 0.5, -1] and scores((None, 1, None)) == [-0.5, 1, -0.5]
+    assert scores((5, 6, None)) == [1, 0, -1]  # F is below a rank that is larger than the number of completions
     assert scores((1, 2, 3), (3, 2, 1)) == [0, 0, 0] and scores((1, 2, 3), (1, 3, 2)) == [1, -0.5, -0.5]
     with pytest.raises(UserError, match="compare no two"):
         scored_by_rank({"p": answers["p"][:1]}, [Ranking("p", "l", (1,))])

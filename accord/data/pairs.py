@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ def scored_by_rank(completions: dict[str, list[Completion]], rankings: Sequence[
     given: dict[tuple[str, int], list[float]] = defaultdict(list)
     for ranking in rankings:
         answers = answers_of(ranking, completions)
-        places = [len(answers) + 1 if rank is None else rank for rank in ranking.ranks]
+        places = [math.inf if rank is None else rank for rank in ranking.ranks]
         for k, place in enumerate(places):
             if len(places) > 1:
                 above, below = sum(place < other for other in places), sum(place > other for other in places)

@@ -106,13 +106,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
+WRITTEN_OUT = {torch.bfloat16: 256, torch.float32: 96}
+"""Keys up to which two batched products are faster than the fused kernel on a CPU, forwards and backwards (bench/LOG.md)."""
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(d) + bias) V with G key/value heads shared by H query heads.
 
-    query (B,H,T,d); key, value (B,G,S,d); bias (B,1,T,S), 0 where a query may look and -inf elsewhere.
-    Returns (B,T,H*d). Written out as two batched products: in bf16 on a CPU, up to some 200 tokens,
-    this is faster than the fused kernel, forwards and backwards (bench/LOG.md).
+    query (B,H,T,d); key, value (B,G,S,d); bias (B,1,T,S), 0 where a query may look and very low elsewhere.
+    Returns (B,T,H*d). Written out, or through the fused kernel where that is faster: long rows, and a GPU.
     """
+    T, S = query.shape[2], key.shape[2]
+    if T > 1 and (query.is_cuda or WRITTEN_OUT.get(query.dtype, S) < S):
+        return attend_fused(query, key, value, bias)
+    return attend_written_out(query, key, value, bias)
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """:func:`attend` by torch's kernel; the probabilities are never in memory."""
+    B, H, T, d = query.shape
+    key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+    return out.transpose(1, 2).reshape(B, T, H * d)
+
+
+def attend_written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """:func:`attend` as two batched products."""
     B, H, T, d = query.shape
     G, S = key.shape[1], key.shape[2]
     grouped = query.reshape(B, G, H // G * T, d)
