@@ -19,13 +19,14 @@ from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
 from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
+from accord.nn.transformer import Transformer
 from accord.progress import bar, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, build_reward
 from accord.reward.training import RewardReport, train_reward_model
 from accord.rl.algorithms import check_model
-from accord.rl.trainer import Outcome, check_start, train
+from accord.rl.trainer import Outcome, check_offline, check_start, train
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Environment, checked, make_environment
 from accord.rollout.episodes import play
@@ -84,6 +85,8 @@ def perturbed(policy: Policy, reference: Policy | None, strength: float) -> Pert
         return None
     if reference.tokenizer.fingerprint != policy.tokenizer.fingerprint:
         raise UserError("The model and its reference have different tokenizers; take the model it was trained from.")
+    if reference.model.output_matrix.shape[0] != policy.model.output_matrix.shape[0] or reference.context < policy.context:
+        raise UserError("The reference has fewer tokens or a shorter context than the model; take the model it was trained from.")
     return Perturb(reference.model, 0, strength)
 
 
@@ -139,9 +142,12 @@ def train_rl(
     s = build(RLSettings, settings, "rl")
     world = make_environment(environment) if isinstance(environment, str) else environment and checked(environment)
     s = for_model(s, policy)
+    check_offline(s, completions is not None)
     logged = logged_completions(completions)
-    given = [] if logged else start_prompts(world, prompts, s)
-    if logged:
+    if completions is not None and prompts is not None:
+        raise UserError("Logged completions bring their prompts; give either, not both.")
+    given = [] if completions is not None else start_prompts(world, prompts, s)
+    if completions is not None:
         validation = validation_of(reward, world, validation)
     elif world is not None and validation is None:
         validation = given
@@ -168,9 +174,11 @@ def judge(reward: Any, start: Policy, settings: RLSettings, environment: Environ
 def validation_of(reward: Any, environment: Environment | None, validation: Sequence[Prompt] | None) -> list[Prompt]:
     """The validation prompts of offline training: those given, or the environment's; none where nothing could score them."""
     if environment is not None:
-        return list(validation or environment.prompts())
+        return list(environment.prompts() if validation is None else validation)
     if validation and reward is None:
         raise UserError("Validation prompts need a reward that scores their completions; give one, or leave them out.")
+    if reward is not None and not validation:
+        raise UserError("The log has its scores; a reward is for the validation only, so give validation prompts too, or leave it out.")
     return list(validation or [])
 
 
@@ -275,7 +283,10 @@ def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
     if missing:
         raise UserError(f"{where} has no '{missing}'; only runs that were started with accord rl can be resumed this way.")
     settings = build(RLSettings, config["rl"], where)
+    check_offline(settings, offline)
     logged = logged_completions(config.get("completions"), config.get("rankings"))
+    if offline and config.get("prompts"):
+        raise UserError("--completions bring their prompts; leave out --prompts (validation prompts are --validation).")
     prompts = [] if offline else start_prompts(world, config.get("prompts"), settings)
     if offline:
         given = read_prompts(config["validation"]) if config.get("validation") else None
@@ -301,7 +312,15 @@ def for_model(settings: RLSettings, policy: Policy) -> RLSettings:
     """
     check_model(settings, policy)
     if policy.source != scratch.NAME:
-        return settings
+        small = (
+            isinstance(policy.model, Transformer)
+            and policy.model.depth < settings.top_layers == RLSettings.model_fields["top_layers"].default
+        )
+        return (
+            settings.model_copy(update={"adaptation": "full", "top_layers": policy.model.depth})
+            if small and settings.adaptation == "auto"
+            else settings
+        )
     if settings.adaptation not in ("auto", "full"):
         raise UserError(f"The model 'scratch' trains in full; --adaptation {settings.adaptation} would freeze random weights.")
     return settings.model_copy(update={"adaptation": "full", "top_layers": policy.model.depth})

@@ -233,7 +233,7 @@ def do_resume(arguments: argparse.Namespace) -> None:
         Pipeline(build(Recipe, config["recipe"], where), run).go()
     elif config["command"] == "rl":
         finish_rl(run, prepare_rl(config, where))
-        _after_rl(arguments.run)
+        _after_rl(arguments.run, config.get("environment"))
     else:
         raise UserError(f"{where} names no command that can be resumed ({config['command']!r}).")
 
@@ -300,13 +300,16 @@ def do_rl(arguments: argparse.Namespace) -> None:
     config["rl"] = prepared.settings.model_dump()  # as they are used
     console.print(f"[dim]{prepared.settings.arithmetic()}[/]", soft_wrap=True)
     finish_rl(Run.create(arguments.out, config), prepared)
-    _after_rl(arguments.out)
+    _after_rl(arguments.out, config["environment"])
 
 
-def _after_rl(folder: Path) -> None:
-    console.print(
-        f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: accord chat --model {folder / 'policy'})", soft_wrap=True
+def _after_rl(folder: Path, environment: str | None) -> None:
+    use = (
+        f"accord play --model {folder / 'policy'} --environment {environment}"
+        if environment
+        else f"accord chat --model {folder / 'policy'}"
     )
+    console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: {use})", soft_wrap=True)
 
 
 def do_evaluate(arguments: argparse.Namespace) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from accord.errors import UserError, did_you_mean
 from accord.evaluation.compare import EvaluationSettings
 from accord.reward.settings import RewardSettings
+from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rollout.sampling import Sampling
 
@@ -33,7 +34,9 @@ class SampleSettings(BaseModel):
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens only; 0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of this mass; 1 is off")
     strength: float = Field(
-        1.0, description="With a reference: how far to move from it to the model, logit by logit; 0 is the reference, 1 the model"
+        1.0,
+        allow_inf_nan=False,
+        description="With a reference: how far to move from it to the model, logit by logit; 0 is the reference, 1 the model",
     )
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
     seed: int = Field(0, ge=0, description="Each completion's luck follows from it and from its prompt's id")
@@ -76,6 +79,14 @@ class Recipe(BaseModel):
     rl: RLSettings = RLSettings()  # type: ignore[call-arg]
     evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
     gates: Gates = Gates()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if ALGORITHMS[self.rl.algorithm].offline:
+            raise ValueError(
+                f"rl: algorithm {self.rl.algorithm} learns offline from logged completions; a recipe samples its own. Use accord rl"
+            )
+        return self
 
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe with another luck in every stage; evaluation keeps its own."""

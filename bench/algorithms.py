@@ -23,7 +23,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 RUNS, TABLE, CHART = ROOT / "runs/bench-algorithms", ROOT / "docs/algorithms-compared.md", ROOT / "docs/algorithms-compared.svg"
 ALGORITHMS = ("ppo", "ppo-penalty", "grpo", "rloo", "reinforce", "a2c", "trpo", "nlpo", "dqn", "ilql")
-OFF_POLICY = ("dqn", "ilql")
 SEEDS = (0, 1, 2)
 
 SCRATCH = dict(kl_coef=0.0, kl_warn=1e9, truncation="nothing", dtype="float32", rows=512, warmup_steps=2, checkpoint_every=1000,
@@ -95,6 +94,8 @@ def run(task, name, seed):
         given = dict(environment=world, validation=[])
     if name == "ilql":
         given["completions"] = RUNS / f"{task}-ppo-{seed}" / "completions.jsonl"
+        budget = TASKS[task]["per_step"] * TASKS[task]["settings"]["max_steps"]
+        assert len(read_lines(given["completions"])) == budget, "PPO's run must be there, whole"
         given.pop("prompts", None)
         given.pop("validation")
         if task == "reward":
@@ -186,18 +187,20 @@ def measure_texts(policy, start, held):
 
 
 def estimate(results):
-    """Gain over the start, mean over seeds, with a 95% interval: episodes and prompts resampled within each seed."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for r in results:
-        after, before = np.array(r["after"]), np.array(r["before"])
-        a, b = (x[rng.integers(0, len(x), (2000, len(x)))].mean(1) for x in (after, before))
-        draws.append(a - b)
-    means = [np.mean(r["after"]) - np.mean(r["before"]) for r in results]
-    noise = np.mean(draws, axis=0) - np.mean(means)
-    between = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0  # seeds differ too
-    half = float(np.hypot(1.96 * noise.std(), 4.30 * between)) if len(means) > 1 else float(1.96 * noise.std())
-    return float(np.mean(means)), half
+    """Gain over the start and half its 95% interval: Student's t over seeds; of one seed, over its episodes or prompts."""
+    from scipy.stats import t
+
+    gains = [np.mean(r["after"]) - np.mean(r["before"]) for r in results]
+    if len(gains) > 1:
+        return float(np.mean(gains)), float(t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5)
+    noise = sum(np.var(results[0][k]) / len(results[0][k]) for k in ("after", "before"))
+    return float(gains[0]), float(1.96 * noise**0.5)
+
+
+def seeds_of(found, task):
+    """How many seeds the table rests on."""
+    counts = [len(found.get((task, name), [])) for name in ALGORITHMS]
+    return f"{counts[0]} seeds" if len(set(counts)) == 1 else f"seeds by algorithm: {', '.join(map(str, counts))}"
 
 
 def load():
@@ -215,7 +218,7 @@ def table(found):
     for task, about in TASKS.items():
         s = about["settings"]
         budget = f"{s['max_steps']} steps of {about['per_step']} completions"
-        lines += [f"## {about['title'].capitalize()}", "", f"{budget}, {len(SEEDS)} seeds.", ""]
+        lines += [f"## {about['title'].capitalize()}", "", f"{budget}; {seeds_of(found, task)}.", ""]
         extra = task == "tictactoe"
         head = ["algorithm", "reward: start → end", "gain [95%]", "KL (nats a completion)", "seconds"]
         head += ["greedy play loses to random", "to perfect"] if extra else []
@@ -249,9 +252,9 @@ def table(found):
             ]
     lines += [
         "Reward and gain are of the policy after training, sampled at the training temperature: 1000 episodes, or 64 held-out prompts.",
-        "Intervals are over seeds and samples (Student's t with two degrees of freedom between seeds). Seconds are those of rollout, scoring",
-        "and update on one thread. `ilql` learns from the completions of `ppo`'s runs; its KL is on those. Settings are in `bench/algorithms.py`;",
-        "they were chosen once for each algorithm, not searched.",
+        "Intervals are Student's t over seeds; the scratch model starts from the same weights in all of them. Seconds are those of rollout,",
+        "scoring and update on one thread. KL is estimated as the run does it (k1; GRPO k3; ILQL exactly, on the log). `ilql` learns from the",
+        "completions of `ppo`'s runs. Settings are in `bench/algorithms.py`; they were chosen once for each algorithm, not searched.",
         "",
         f"{processor()}, {os.cpu_count()} cores, one thread a run; torch {version('torch')}. Made by `make bench-algorithms`.",
     ]
@@ -310,6 +313,17 @@ def smooth(curve, over=5):
     return np.stack([np.convolve(np.pad(c, (over // 2, over // 2), mode="edge"), kernel, "valid") for c in curve.T], axis=1)
 
 
+def finished(task, name, seed):
+    """Whether this run is there, with the settings that stand in this file now."""
+    import yaml
+
+    folder = RUNS / f"{task}-{name}-{seed}"
+    if not (folder / "result.json").exists():
+        return False
+    used = yaml.safe_load((folder / "config.yaml").read_text())["rl"]
+    return all(used[k] == v for k, v in settings_of(task, name, seed).items())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="a task, an algorithm, a seed: runs that are all of these")
@@ -320,7 +334,7 @@ def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     todo = [("tictactoe-mixed", "ppo", 0), *((t, n, s) for t in TASKS for s in SEEDS for n in ALGORITHMS)]
     todo = [(t, n, s) for t, n, s in todo if all(w in (t, n, str(s)) for w in arguments.only)]
-    todo = [key for key in todo if not (RUNS / "-".join(map(str, key)) / "result.json").exists()]
+    todo = [key for key in todo if not finished(*key)]
     if any(t == "reward" for t, _, _ in todo) and not (ROOT / "runs/demo/reward").is_dir():
         sys.exit("runs/demo/reward is missing: run make demo first.")
 
@@ -332,8 +346,18 @@ def main():
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
         print(f"{folder.name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
 
-    with ThreadPoolExecutor(2) as pool:  # in this order, so that PPO's completions are there when ILQL reads them
-        list(pool.map(start, todo))
+    with ThreadPoolExecutor(2) as pool:
+        running = {}
+
+        def ready(key):  # ILQL reads the completions of PPO's run
+            if key[1] == "ilql" and (before := running.get((key[0], "ppo", key[2]))):
+                before.result()
+            start(key)
+
+        for key in todo:
+            running[key] = pool.submit(ready, key)
+        for future in running.values():
+            future.result()
     found = load()
     TABLE.write_text(table(found))
     CHART.write_text(chart(found))

@@ -97,6 +97,7 @@ MUTANTS = [
     ("rl/algorithms/dqn", "theirs = logits_at(model, rows, policy.split, s.temperature, best)", "theirs = logits_at(model, rows, policy.split, s.temperature)", "DQN: value of the action taken, not of the best", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "s.q_scale * spread(theirs.chosen - theirs.largest, rows.rollout)", "0.0 * spread(theirs.chosen - theirs.largest, rows.rollout)", "DQN: max over the target network instead of double Q", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "q = values_before(critic, rows.rollout)[0] + ", "q = values_before(critic, rows.rollout)[0] - ", "DQN: advantage subtracted", ALG, "dqn_targets"),
+    ("rl/algorithms/qlearning", "                parameters[n].data.copy_(", "                (lambda x: x)(", "Q-learning: a checkpoint's target network is not taken over", ALG, "resume and ilql"),
     ("rl/qvalues", ".sum(-1) / temperature", ".sum(-1)", "Q: temperature forgotten", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "rows.mask, s.gamma, s.n_step)", "rows.mask, 1.0, s.n_step)", "DQN: target without the discount", ALG, "dqn_targets"),
     ("rl/algorithms/ilql", "q = value.detach() + s.q_scale", "q = value + s.q_scale", "ILQL: missing stop-gradient, V learns from Q's error", ALG, "ilql_targets"),

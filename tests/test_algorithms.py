@@ -44,13 +44,15 @@ from accord.runs import Run
 
 WORLD = dict(
     temperature=0.8, entropy_coef=0.07, value_coef=0.6, value_clip=0.3, clip_epsilon=0.2, truncation="penalize", truncation_penalty=0.7,
-    gamma=0.9, gae_lambda=0.8, completions_per_prompt=3, prompts_per_step=2, epochs=1, minibatches=1, micro_batch_tokens=30, q_scale=0.3,
+    gamma=0.9, gae_lambda=0.8, completions_per_prompt=3, prompts_per_step=2, epochs=1, minibatches=1, micro_batch_tokens=30,
 )  # fmt: skip
 t = torch.tensor
 
 
 def world(algorithm, seed=0, **changes):
     given = {k: v for k, v in WORLD.items() if k not in ALGORITHMS[algorithm].unused}
+    if algorithm in ("dqn", "ilql"):
+        given["q_scale"] = 0.3
     if changes.get("advantage", ALGORITHMS[algorithm].advantages[0]) in ("leave_one_out", "group"):
         given["gamma"] = 1.0
     settings = RLSettings(**{**given, "algorithm": algorithm, **changes})
@@ -479,9 +481,9 @@ class Words:
         return Answer(self.reward[text])
 
     def best(self, text):
-        """Q*(s, .) by dynamic programming from the end. The end token stops; the unknown one ("?") is not in the text."""
-        q = {a: self.answer((text + a).replace("?", ""), True)[0] if len(text) == 1 else max(self.best(text + a).values()) for a in "?abc"}
-        return {**q, "": self.answer(text.replace("?", ""), True)[0]}
+        """Q*(s, .) by dynamic programming from the end. The end token stops."""
+        q = {a: self.answer((text + a), True)[0] if len(text) == 1 else max(self.best(text + a).values()) for a in "abc"}
+        return {**q, "": self.answer(text, True)[0]}
 
 
 def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
@@ -502,7 +504,7 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     state = State.begin(start, reward, settings)
     state.restore(run.newest())
     worst, vocabulary = 0.0, start.tokenizer.inner.get_vocab()
-    for text in ["", *"?abc"]:
+    for text in ["", *"abc"]:
         rows = start.tokenizer.inner("ab" + text, return_tensors="pt")["input_ids"]
         logits = state.policy.model(rows)[0, -1]
         rollout = from_completions([(rows[0].tolist(), [0])], [Completion(Prompt("p", "ab"), "", True)], 0)
@@ -576,38 +578,38 @@ def test_ilql_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     world, tau = Words(), 0.95
     start = load_start("scratch", "float32", world)
     vocabulary = start.tokenizer.inner.get_vocab()
-    ids = [vocabulary[a or "<|end|>"] for a in ("", *"?abc")]
+    ids = [vocabulary[a or "<|end|>"] for a in ("", *"abc")]
     prompt, logged = world.prompts()[0], []
     for first in ids:  # every episode once
         for second in [None] if first == ids[0] else ids:
             tokens = (first,) if second is None else (first, second)
             reward = world.answer(start.tokenizer.decode(tokens), True)[0]
-            logged.append(Logged(Completion(prompt, "", True), reward, (Turn(tokens, reward),)))
+            logged.append(Logged(Completion(prompt, start.tokenizer.decode(tokens), True), reward, (Turn(tokens, reward),)))
     settings = RLSettings(
         algorithm="ilql", q_scale=1.0, expectile=tau, cql_coef=0.0, truncation="nothing", adaptation="full", top_layers=3, dtype="float32",
-        prompts_per_step=len(logged), minibatches=1, epochs=8, target_every=2, max_steps=120, checkpoint_every=1000, learning_rate=1e-3, n_step=1,
-        critic_learning_rate=1e-3, kl_warn=1e9, max_grad_norm=10.0,
+        prompts_per_step=len(logged), minibatches=1, epochs=8, target_every=2, max_steps=200, checkpoint_every=1000, learning_rate=5e-4, n_step=1,
+        critic_learning_rate=5e-4, kl_warn=1e9, max_grad_norm=10.0,
     )  # fmt: skip
     run = Run.create(tmp_path / "r", {"command": "rl"})
     train(start, [], Reward([]), settings, run, logged=logged)
-    state = State.begin(start, Reward([]), settings)
+    state = State.begin(start, Reward([]), settings, Log(logged, start, settings).digest)
     state.restore(run.newest())
-    counts = {a: 1 if a == "" else len(ids) for a in ("", *"?abc")}  # how often each first token is logged
+    counts = {a: 1 if a == "" else len(ids) for a in ("", *"abc")}  # how often each first token is logged
     errors, best = [], []
-    for text in ["", *"?abc"]:
+    for text in ["", *"abc"]:
         rows = start.tokenizer.inner("ab" + text, return_tensors="pt")["input_ids"]
         advantage = (state.policy.model(rows)[0, -1] - start.model(rows)[0, -1]).detach()
         rollout = from_completions([(rows[0].tolist(), [0])], [Completion(Prompt("p", "ab"), "", True)], 0)
         value = float(values_before(state.critic, rollout)[0][0, -1].detach())
-        q = {a: world.answer((text + a).replace("?", ""), True)[0] for a in ("", *"?abc")}
+        q = {a: world.answer((text + a), True)[0] for a in ("", *"abc")}
         if text == "":  # the values of the second states, by their own fixed point
-            after = {a: expectile([world.answer((a + b).replace("?", ""), True)[0] for b in ("", *"?abc")], tau) for a in "?abc"}
+            after = {a: expectile([world.answer((a + b), True)[0] for b in ("", *"abc")], tau) for a in "abc"}
             q = {"": q[""], **after}
         spread = [x for a, x in q.items() for _ in range(counts[a] if text == "" else 1)]
         errors.append(value - expectile(spread, tau))
         best.append(value - max(world.best(text).values()))
         errors += [value + float(advantage[vocabulary[a or "<|end|>"]]) - x for a, x in q.items()]
-    assert np.abs(errors).max() < 0.15  # of values from -2.3 to 1.3
+    assert np.abs(errors).max() < 0.2  # of values from -2.3 to 1.3
     assert np.abs(best).max() < 0.5  # the 0.95-expectile of five values is that far below the largest
 
 
@@ -689,7 +691,7 @@ def test_a_run_s_episodes_are_logged_so_that_they_can_be_learned_from(tiny, tmp_
         expected = rollout.step_rewards[row, :n].clone()
         expected[n - 1] += letters([], [text])[0]  # what the other reward gave, at the end
         torch.testing.assert_close(again.step_rewards[there, :n], expected)
-    with pytest.raises(UserError, match="which this model has not"):
+    with pytest.raises(UserError, match="in another model's tokens"):
         Log([Logged(Completion(Prompt("p", "a"), "", True), 1.0, (Turn((10**6,), 1.0),))] * 10, tiny, settings)
 
 
@@ -713,8 +715,10 @@ def test_a_run_s_episodes_are_logged_so_that_they_can_be_learned_from(tiny, tmp_
         ({"algorithm": "grpo", "gamma": 0.9}, "gamma must be 1"),
         ({"algorithm": "ilql", "kl_coef": 0.1}, "kl_coef means nothing to algorithm ilql"),
         ({"algorithm": "ilql", "kl_estimator": "k1"}, "logged ones are not, so use full"),
-        ({"algorithm": "dqn", "exploration": "epsilon"}, "epsilon-greedy ones are not, so use full"),
-        ({"exploration": "epsilon"}, "exploration is for dqn"),
+        ({"algorithm": "dqn", "exploration": "epsilon", "kl_estimator": "k1"}, "epsilon-greedy ones are not, so use full"),
+        ({"exploration": "epsilon"}, "exploration means nothing to algorithm ppo .it is for dqn"),
+        ({"algorithm": "dqn", "epsilon": 0.3}, "set exploration to epsilon"),
+        ({"expectile": 0.9}, "expectile means nothing to algorithm ppo .it is for ilql"),
         ({"algorithm": ["ppo"]}, "algorithm: Input should be a valid string"),
     ],
 )
@@ -762,7 +766,7 @@ def test_what_needs_our_own_transformer_says_so_before_a_folder_is_made(tmp_path
 SMALL = dict(
     prompts_per_step=4, completions_per_prompt=2, max_new_tokens=8, top_layers=2, temperature=0.9, micro_batch_tokens=64,
     learning_rate=1e-3, critic_learning_rate=1e-3, max_steps=4, validate_every=2, checkpoint_every=2, dtype="float32",
-    truncation="nothing", mask_every=2, target_every=2, replay_steps=2,
+    truncation="nothing",
 )  # fmt: skip
 
 
@@ -836,6 +840,7 @@ def log_of(policy, prompts, settings):
     return [Logged(c, letters([], [c.text])[0]) for c in written]
 
 
+STATE = {"nlpo": dict(mask_every=2), "dqn": dict(target_every=2, replay_steps=2), "ilql": dict(target_every=2)}
 RATES = {
     "dqn": dict(learning_rate=1e-2, critic_learning_rate=1e-2, epochs=4, kl_coef=0.0, max_steps=40),
     "ilql": dict(
@@ -868,9 +873,9 @@ def test_it_learns_a_preference_it_can_see(tiny, prompts, tmp_path, name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_resume_is_exact(tiny_folder, prompts, tmp_path, name):
-    """Four steps, or two and two in another process's memory: the same numbers, whatever state the algorithm keeps."""
-    settings, results = RLSettings(**{**SMALL, "algorithm": name}), []
-    for stops in ([4], [2, 4]):
+    """Five steps, or three and two in another process's memory: the same numbers, whatever state the algorithm keeps."""
+    settings, results = RLSettings(**{**SMALL, "algorithm": name, **STATE.get(name, {})}), []
+    for stops in ([5], [3, 5]):
         folder = tmp_path / f"r{len(stops)}"
         Run.create(folder, {"command": "rl"})._lock.close()
         for limit in stops:

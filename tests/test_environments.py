@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_arithmetic():
     env = make_environment("arithmetic")
     assert len(env.prompts()) == 55
     game = env.start(Prompt("p", "3+4="), 0)
-    assert [game.answer(t, True).reward for t in ("7", " 7", "7+", "6", "77", "", "+7")] == [1, 1, 1, 0, 0, 0, 0]
+    assert [game.answer(t, True).reward for t in ("7", " 7", "7+", "6", "77", "", "+7")] == [1, 1, 0, 0, 0, 0, 0]
 
 
 # Episodes as rollouts.
@@ -150,11 +151,9 @@ def test_the_context_ends_an_episode(scratch):
         max_turns = 10**6
 
         def start(self, prompt, seed):
-            game = _Echo(0)
-            game.turns = 10**6
-            return game
+            return SimpleNamespace(answer=lambda text, finished: Answer(0.0, "X0", over=False))
 
-    rollout = play(Engine(scratch), Long(), [Prompt("p", "X:")], 1, Sampling(1.0))
+    rollout = play(Engine(scratch), Long(), [Prompt("p", "X0")], 1, Sampling(1.0))
     assert not rollout.finished[0] and int(rollout.lengths[0]) <= 128
 
 
@@ -196,7 +195,7 @@ def test_the_commands(scratch, tmp_path, monkeypatch, capsys):
     assert main([*rl, "--environment", "tictactoe", "--adaptation", "lora"]) == 2
     assert "trains in full" in capsys.readouterr().err
     assert "adaptation: full" in (tmp_path / "r" / "config.yaml").read_text()  # as it is used
-    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n' * 32)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1"}\n' * 32)
     assert main([*rl, "--environment", "arithmetic", "--prompts", "p.jsonl"]) == 2
     assert "cannot start from prompt" in capsys.readouterr().err
     assert main(["play", "--model", "scratch", "--environment", "tictactoe", "--episodes", "0"]) == 2
@@ -204,7 +203,12 @@ def test_the_commands(scratch, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"max_turns": 0}, "max_turns is 0"), ({"turn_tokens": "2"}, "turn_tokens is '2'"), ({"prompts": list}, "at least one")],
+    [
+        ({"max_turns": 0}, "max_turns is 0"),
+        ({"turn_tokens": "2"}, "turn_tokens is '2'"),
+        ({"alphabet": None}, "alphabet is None"),
+        ({"prompts": list}, "at least one"),
+    ],
 )
 def test_an_environment_is_checked(changes, reason):
     env = Echo()
@@ -219,7 +223,8 @@ def test_an_environment_is_checked(changes, reason):
     [
         ("raise KeyError('x')", "failed on .*KeyError"),
         ("return (float('nan'), '', True)", "gave nan for"),
-        ("return 3", "failed on"),
+        ("return 3", "must return an Answer"),
+        ("return (0.0, 'zz', False)", "answered what the model cannot read: 'zz' has 'z'"),
         ("return (0.0, 5, False)", "text is a string"),
     ],
 )
@@ -229,4 +234,4 @@ def test_an_environment_that_breaks_is_one_sentence(scratch, body, reason):
     env = Echo()
     env.start = lambda prompt, seed: type("Broken", (), {"answer": names["answer"]})()
     with pytest.raises(UserError, match=reason):
-        play(Engine(scratch), env, [Prompt("p", "X:")], 1, Sampling(1.0))
+        play(Engine(scratch), env, [Prompt("p", "X0")], 1, Sampling(1.0))

@@ -200,11 +200,20 @@ def groups(batch):
 
 def test_group_normalised_advantages(batch):
     """Theirs divide by the sample's standard deviation plus 1e-4."""
+    weights = torch.ones(1, dtype=torch.float64)
+    self = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", scale_rewards="group", reward_weights=weights)
+    given = dict(
+        self=self, rewards_per_func=batch.scores[:, None], num_generations=K, torch=torch, nanstd=trl_utils.nanstd,
+        unscorable_mask=torch.zeros(B, dtype=torch.bool), device="cpu",
+    )  # fmt: skip
+    out = lines_of(
+        GRPOTrainer._generate_and_score_completions, 'if self.multi_objective_aggregation == "sum', "# Unscorable completions", given
+    )
     rewards = batch.scores.view(-1, K)
-    deviation = trl_utils.nanstd(rewards, dim=1, keepdim=True)
-    theirs = (rewards - rewards.mean(1, keepdim=True)) / (deviation + 1e-4)
+    deviation = rewards.std(1, keepdim=True)  # of the sample
     ours = group_normalised(*groups(batch)).view(-1, K)
-    torch.testing.assert_close(ours * (deviation * (1 - 1 / K) ** 0.5) / (deviation + 1e-4), theirs, **close)
+    expected = ours * (deviation * (1 - 1 / K) ** 0.5) / (deviation + 1e-4)
+    torch.testing.assert_close(expected.reshape(-1), out.advantages, **close)
 
 
 def test_rloo_advantages_and_gradient(batch):

@@ -39,7 +39,7 @@ def scored_by_rank(completions: dict[str, list[Completion]], rankings: Sequence[
     """
     given: dict[tuple[str, int], list[float]] = defaultdict(list)
     for ranking in rankings:
-        answers = answers_of(ranking, completions)
+        answers_of(ranking, completions)
         places = [math.inf if rank is None else rank for rank in ranking.ranks]
         for k, place in enumerate(places):
             if len(places) > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,7 +208,7 @@ def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, 
         prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
         tokens, index = row.get("tokens") or [], row.get("index") or 0
         if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens) or not isinstance(index, int):
-            raise UserError(f"{place}: 'index' must be a whole number and 'tokens' a list of them.")
+            raise UserError(f"{place}: 'index' must be a whole number and 'tokens' a list of them; give a file that accord sample wrote.")
         found.setdefault(prompt.id, []).append(
             Completion(prompt, text, bool(row.get("finished", True)), index, tuple(tokens) if with_tokens else ())
         )
@@ -229,15 +228,16 @@ def read_logged(source: str | Path) -> list[Logged]:
         text, score = row.get("completion"), row.get("score")
         if not isinstance(text, str):
             raise UserError(f"{place} has no text field 'completion'.")
+        _check_unicode(text, place, "completion")
         if "score" not in row:
             raise UserError(f"{place} has no field 'score'; give scores, or say with --rankings how the completions were ranked.")
         if score is None:
             continue
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not _number(score):
             raise UserError(f"{place}: field 'score' is {score!r}; it must be a finite number, or null for a row to be left out.")
         prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
         completion = Completion(prompt, text, bool(row.get("finished", True)), len(logged))
-        turns = tuple(_turn(turn, place) for turn in row.get("turns") or [])
+        turns = tuple(_turn(turn, place) for turn in _list(row.get("turns") or [], place, "turns"))
         if not turns and not text and not completion.finished:
             raise UserError(f"{place}: the completion is empty and did not finish, so there is no token to learn from; delete the row.")
         logged.append(Logged(completion, float(score), turns))
@@ -246,14 +246,24 @@ def read_logged(source: str | Path) -> list[Logged]:
     return logged
 
 
+def _number(value: Any) -> bool:
+    """A finite number, also in fp32."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e38
+
+
+def _list(value: Any, place: str, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise UserError(f"{place}: field '{field}' must be a list.")
+    return value
+
+
 def _turn(value: Any, place: str) -> Turn:
-    try:
-        turn = Turn(tuple(map(int, value["tokens"])), float(value["reward"]), tuple(map(int, value["reply"])))
-    except (TypeError, KeyError, ValueError):
-        turn = Turn((), 0.0)
-    if not turn.tokens or not math.isfinite(turn.reward):
+    given = value if isinstance(value, dict) else {}
+    tokens, reward, reply = given.get("tokens"), given.get("reward"), given.get("reply")
+    ids = all(isinstance(x, list) and all(type(i) is int for i in x) for x in (tokens, reply))
+    if not ids or not tokens or not _number(reward):
         raise UserError(f"{place}: each of its 'turns' needs 'tokens' and 'reply', lists of ids, and a finite 'reward'.")
-    return turn
+    return Turn(tuple(tokens), float(reward), tuple(reply))  # type: ignore[arg-type]
 
 
 def read_rankings(source: str | Path) -> list[Ranking]:

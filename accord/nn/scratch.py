@@ -41,12 +41,12 @@ def _write(folder: Path, characters: list[str], context: int, seed: int) -> None
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {c: i for i, c in enumerate([END, "?", *(c for c in characters if c != "?")])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="?"))
+    words = {c: i for i, c in enumerate([END, *characters])}
+    raw = Tokenizer(models.WordLevel(words, unk_token=END))  # Tokenizer refuses a text with such a character
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     raw.decoder = decoders.Fuse()
     raw.add_special_tokens([END])
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END, unk_token="?").save_pretrained(str(folder))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END, unk_token=END).save_pretrained(str(folder))
     config = LlamaConfig(
         vocab_size=len(words), max_position_embeddings=context, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=0, pad_token_id=0, **SHAPE,

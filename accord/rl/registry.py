@@ -46,6 +46,16 @@ class Spec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+OWNERS: dict[str, tuple[str, ...]] = {
+    "penalty_beta": ("ppo-penalty",), "penalty_target": ("ppo-penalty",),
+    "trust_region": ("trpo",), "cg_iterations": ("trpo",), "cg_damping": ("trpo",), "critic_epochs": ("trpo",),
+    "mask_top_p": ("nlpo",), "mask_every": ("nlpo",),
+    "q_scale": ("dqn", "ilql"), "n_step": ("dqn", "ilql"), "target_every": ("dqn", "ilql"),
+    "exploration": ("dqn",), "epsilon": ("dqn",), "replay_steps": ("dqn",),
+    "expectile": ("ilql",), "cql_coef": ("ilql",),
+}  # fmt: skip
+"""Settings that mean something to some of the shipped algorithms only."""
+
 ONE_STEP = {"epochs": 1, "minibatches": 1}
 HERE = "accord.rl.algorithms"
 
@@ -82,12 +92,14 @@ ALGORITHMS: dict[str, Spec] = {
     ),
     "dqn": Spec(
         f"{HERE}.dqn:DQN", "token-level Q-learning: replay, target network, double Q (Mnih et al. 2015)", ("n_step",),
-        kl_in_loss=False, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon"), defaults={"minibatches": 4, "whiten_advantages": False},
+        kl_in_loss=False, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "whiten_advantages"), defaults={"minibatches": 4, "whiten_advantages": False},
     ),
     "ilql": Spec(
         f"{HERE}.ilql:ILQL", "offline, from logged completions: implicit language Q-learning (Snell et al. 2022)", ("n_step",),
-        kl_in_loss=False, offline=True, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target"),
+        kl_in_loss=False, offline=True, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target", "whiten_advantages"),
         defaults={"prompts_per_step": 64, "completions_per_prompt": 1, "epochs": 1, "minibatches": 4, "whiten_advantages": False,
-                  "kl_coef": 0.0, "kl_estimator": "full"},
+                  "kl_coef": 0.0, "kl_estimator": "full", "target_every": 1},
     ),
 }  # fmt: skip
+
+SHIPPED = tuple(ALGORITHMS)

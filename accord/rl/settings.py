@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from accord.errors import did_you_mean
-from accord.rl.registry import ALGORITHMS
+from accord.rl.registry import ALGORITHMS, OWNERS, SHIPPED
 from accord.rollout.sampling import Sampling
 
 
@@ -112,6 +112,8 @@ class RLSettings(BaseModel):
         if spec is None:
             return values
         own = {"advantage": spec.advantages[0]} if spec.advantages else {}
+        if values.get("exploration") == "epsilon":
+            own["kl_estimator"] = "full"
         return {**own, **spec.defaults, **values}
 
     @property
@@ -158,14 +160,16 @@ class RLSettings(BaseModel):
                 raise ValueError(
                     "kl_estimator k1 in the loss does nothing: the expected gradient of log pi is zero; use k2, k3 or full, or kl_in reward"
                 )
-        for setting in spec.unused:
+        foreign = [s for s, owners in OWNERS.items() if name in SHIPPED and name not in owners]
+        for setting in (*spec.unused, *foreign):
             if getattr(self, setting) != spec.defaults.get(setting, RLSettings.model_fields[setting].default):
-                raise ValueError(f"{setting} means nothing to algorithm {name}; leave it out")
+                owners = f" (it is for {' and '.join(OWNERS[setting])})" if setting in OWNERS else ""
+                raise ValueError(f"{setting} means nothing to algorithm {name}{owners}; leave it out")
         if self.advantage in ("leave_one_out", "group") and self.gamma != 1:
             raise ValueError(f"advantage {self.advantage} judges a completion as a whole, so gamma must be 1")
-        if self.exploration == "epsilon" and name != "dqn":
-            raise ValueError(f"algorithm {name} learns from what its own policy samples; epsilon-greedy exploration is for dqn")
-        if (spec.offline or self.exploration == "epsilon") and self.kl_estimator != "full" and (self.kl_coef > 0 or spec.offline):
+        if self.epsilon != RLSettings.model_fields["epsilon"].default and self.exploration != "epsilon":
+            raise ValueError("epsilon means nothing to exploration boltzmann; set exploration to epsilon, or leave it out")
+        if (spec.offline or self.exploration == "epsilon") and self.kl_estimator != "full":
             raise ValueError(
                 f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; "
                 f"{'logged ones' if spec.offline else 'epsilon-greedy ones'} are not, so use full"

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from accord.data.records import Logged, Prompt
@@ -21,7 +20,7 @@ from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.algorithms import Algorithm, make_algorithm
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.kl import AdaptiveKL, FixedKL, KLController
-from accord.rl.offline import Log
+from accord.rl.offline import Log, in_turn
 from accord.rl.optimize import Optimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.selftest import self_test
@@ -29,7 +28,7 @@ from accord.rl.settings import RLSettings
 from accord.rl.watch import Watch, measure
 from accord.rollout.engine import Engine, encode_checked
 from accord.rollout.environments import Environment
-from accord.rollout.episodes import play
+from accord.rollout.episodes import begin, play
 from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
@@ -62,6 +61,15 @@ class Outcome:
     steps: int
 
 
+def check_offline(settings: RLSettings, logged: bool) -> None:
+    """Refuse an offline algorithm without a log, and a log for another."""
+    offline = ALGORITHMS[settings.algorithm].offline
+    if offline and not logged:
+        raise UserError(f"{settings.algorithm} learns offline, so it needs logged completions: give --completions FILE.")
+    if logged and not offline:
+        raise UserError(f"{settings.algorithm} learns from its own completions; logged ones are for {', '.join(OFFLINE)}.")
+
+
 def check_start(
     start: Policy,
     prompts: Sequence[Prompt],
@@ -71,11 +79,7 @@ def check_start(
     logged: Sequence[Logged] = (),
 ) -> None:
     """Everything that can be refused before a run folder is made and a token is sampled."""
-    offline = ALGORITHMS[settings.algorithm].offline
-    if offline and not logged:
-        raise UserError(f"{settings.algorithm} learns offline, so it needs logged completions: give --completions FILE.")
-    if logged and not offline:
-        raise UserError(f"{settings.algorithm} learns from its own completions; logged ones are for {', '.join(OFFLINE)}.")
+    check_offline(settings, bool(logged))
     if logged:
         Log(logged, start, settings)
     elif len(prompts) < settings.prompts_per_step:
@@ -87,6 +91,8 @@ def check_start(
     room = settings.max_new_tokens if environment is None else environment.turn_tokens
     for prompt in [*prompts, *validation]:
         encode_checked(start, prompt, room)  # too long is told now, not at step 30
+        if environment is not None:
+            begin(environment, prompt, 0)
     if isinstance(start.model, Transformer) and settings.top_layers > start.model.depth:
         depth = start.model.depth
         raise UserError(f"top_layers is {settings.top_layers}; this model has {depth} layers, so use 1 to {depth}.")
@@ -110,7 +116,7 @@ def train(
     """
     check_start(start, prompts, validation, settings, environment, logged)
     log, judge = (Log(logged, start, settings), Log.reward()) if logged else (None, reward)
-    state = State.begin(start, judge, settings)
+    state = State.begin(start, judge, settings, "" if log is None else log.digest)
     policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
     saved = run.latest()
     first = kept = state.restore(saved)
@@ -196,13 +202,7 @@ class Clock:
 
 def batch_of(prompts: Sequence[Prompt], step: int, settings: RLSettings) -> list[Prompt]:
     """The prompts of a step: every prompt once in a seeded order, then all again in another order."""
-    size = settings.prompts_per_step
-    picked = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, index = divmod(place, len(prompts))
-        order = np.random.default_rng([settings.seed, epoch]).permutation(len(prompts))
-        picked.append(prompts[int(order[index])])
-    return picked
+    return [prompts[i] for i in in_turn(len(prompts), step, settings.prompts_per_step, settings.seed)]
 
 
 def stop_reason(settings: RLSettings, done: int, stats: Mapping[str, float]) -> str | None:
@@ -225,7 +225,11 @@ def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
             "score": float(e.scores[row]) if bool(e.valid[row]) else None,
             "parts": {name: values[row] for name, values in e.parts.items()},
             "kl": round(kl[row], 4),
-            **({} if e.rollout.step_rewards is None else {"turns": [turn.to_json() for turn in e.rollout.turns(row)]}),
+            **(
+                {}
+                if e.rollout.step_rewards is None or not e.rollout.sampled
+                else {"turns": [turn.to_json() for turn in e.rollout.turns(row)]}
+            ),
         }
         for row, completion in enumerate(e.rollout.completions())
     ]
@@ -244,9 +248,10 @@ class State:
     kl: KLController
     algorithm: Algorithm
     settings: RLSettings
+    log: str
 
     @classmethod
-    def begin(cls, start: Policy, reward: Reward, settings: RLSettings) -> State:
+    def begin(cls, start: Policy, reward: Reward, settings: RLSettings, log: str = "") -> State:
         native = isinstance(start.model, Transformer)
         adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
         policy = start.adapt(adaptation, settings.top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
@@ -257,7 +262,7 @@ class State:
         kl: KLController = FixedKL(settings.kl_coef)
         if settings.kl_target is not None:
             kl = AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-        return cls(policy, critic, Optimizer(groups, settings), kl, make_algorithm(settings, policy, critic), settings)
+        return cls(policy, critic, Optimizer(groups, settings), kl, make_algorithm(settings, policy, critic), settings, log)
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
@@ -281,6 +286,7 @@ class State:
             "in_a_row": self.optimizer.in_a_row,
             "stopped": ended,
             "algorithm": self.algorithm.about(),
+            "log": self.log,
         }
 
     def restore(self, saved: Saved | None) -> int:
@@ -291,6 +297,8 @@ class State:
         """
         if saved is None:
             return 0
+        if saved.about.get("log", "") != self.log:
+            raise UserError("The logged completions are not those that the run has learned from so far; give it the same file again.")
         critic = {} if self.critic is None else self.critic.trainable()
         for prefix, parameters in (("policy", self.policy.trainable()), ("critic", critic)):
             for name, parameter in parameters.items():

@@ -110,7 +110,7 @@ class Engine:
         for decoder in decoders:
             decoder.allocate(rows, out.tokens.shape[1])
         job_of = torch.full((rows,), -1, device=device)  # -1: a free row
-        hidden = [torch.zeros(rows, out.width, dtype=self.policy.model.compute_dtype, device=device) for _ in decoders]
+        hidden = [torch.zeros(rows, d.matrix.shape[1], dtype=d.matrix.dtype, device=device) for d in decoders]
         eos = torch.tensor(self.policy.tokenizer.eos_ids, device=device)
         while True:
             free = (job_of < 0).nonzero()[:, 0]

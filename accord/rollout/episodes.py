@@ -39,12 +39,7 @@ def play(
             name = f"{prompt.id}#{again}/{k}"
             ids = encode_checked(policy, prompt, environment.turn_tokens)
             luck = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{name}".encode()).digest()[:8], "big")
-            try:
-                game = environment.start(prompt, luck)
-            except Exception as error:
-                raise UserError(
-                    f"Environment '{environment.name}' cannot start from prompt '{prompt.id}': {type(error).__name__}: {error}"
-                ) from error
+            game = begin(environment, prompt, luck)
             row = _Playing(prompt, k, name=name, game=game)
             row.extend(ids, chosen=False)
             rows.append(row)
@@ -62,16 +57,37 @@ def play(
             row.over = answer[2]
             if not row.over:
                 row.text.append(answer[1])
-                row.extend(policy.tokenizer.encode_turn(answer[1], finished), chosen=False)
+                try:
+                    row.extend(policy.tokenizer.encode_turn(answer[1], finished), chosen=False)
+                except UserError as error:
+                    raise UserError(f"Environment '{environment.name}' answered what the model cannot read: {error}") from None
                 if len(row.tokens) + environment.turn_tokens > policy.context:
                     row.over = row.cut = True
     ended = [row.over and not row.cut for row in rows]
     return from_rows(rows, ended, [" | ".join(row.text) for row in rows], policy.tokenizer.pad_id, policy.device, sampled=True)
 
 
+def begin(environment: Environment, prompt: Prompt, luck: int) -> Game:
+    """An episode from this prompt.
+
+    Raises:
+        UserError: the environment cannot start from it.
+    """
+    try:
+        return environment.start(prompt, luck)
+    except Exception as error:
+        raise UserError(
+            f"Environment '{environment.name}' cannot start from prompt '{prompt.id}' ({prompt.text[:60]!r}): {type(error).__name__}: "
+            f"{error}. Its prompts look like {environment.prompts()[0].text!r}."
+        ) from error
+
+
 def _ask(environment: Environment, row: _Playing, finished: bool) -> tuple[float, str, bool]:
     try:
-        reward, text, over = row.game.answer(row.text[-1], finished)
+        answer = row.game.answer(row.text[-1], finished)
+        if not isinstance(answer, tuple) or len(answer) != 3:
+            raise UserError(f"answer() must return an Answer(reward, text, over), not {answer!r}.")
+        reward, text, over = answer
         reward = float(reward)
     except Exception as error:
         raise UserError(f"Environment '{environment.name}' failed on {row.text[-1]!r}: {type(error).__name__}: {error}") from error

@@ -86,15 +86,20 @@ class Rollout:
     def turns(self, row: int) -> list[Turn]:
         """An episode's turns: the policy's tokens, what they gave, and what was written to it then."""
         assert self.step_rewards is not None
-        end = int(self.lengths[row])
-        tokens, chosen = self.tokens[row, :end].tolist(), self.response_mask[row, :end].tolist()
-        edges = [i for i in range(1, end) if chosen[i] != chosen[i - 1]] + [end]  # prompt | turn | reply | turn ...
-        pieces = [(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-        rewards, out = self.step_rewards[row].tolist(), []
-        for k in range(0, len(pieces), 2):
-            (a, b), reply = pieces[k], pieces[k + 1] if k + 1 < len(pieces) else (end, end)
-            out.append(Turn(tuple(tokens[a:b]), sum(rewards[a:b]), tuple(tokens[reply[0] : reply[1]])))
-        return out
+        out: list[tuple[list[int], float, list[int]]] = []
+        closed = True  # a turn ends where the environment writes, or where it gave something
+        columns = zip(self.tokens[row].tolist(), self.response_mask[row].tolist(), self.step_rewards[row].tolist(), strict=True)
+        for token, chosen, reward in list(columns)[: int(self.lengths[row])]:
+            if chosen:
+                if closed:
+                    out.append(([], 0.0, []))
+                tokens, given, reply = out[-1]
+                out[-1] = ([*tokens, token], given + reward, reply)
+                closed = reward != 0
+            elif out:
+                out[-1][2].append(token)
+                closed = True
+        return [Turn(tuple(tokens), reward, tuple(reply)) for tokens, reward, reply in out]
 
     def completions(self) -> list[Completion]:
         """The rows as records."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
             raise UserError(
                 f"Sampling needs temperature >= 0 (it is {self.temperature}), 0 < top_p <= 1 ({self.top_p}), "
                 f"top_k >= 0 ({self.top_k}) and max_new_tokens >= 1 ({self.max_new_tokens})."

@@ -29,6 +29,9 @@ class Tokenizer:
         if inner.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-sequence token, so no completion could ever finish.")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([inner.eos_token_id, *generation_eos]))
+        words = type(inner.backend_tokenizer.model).__name__ == "WordLevel" if hasattr(inner, "backend_tokenizer") else False
+        # Of a model with a token a character (scratch): what it can read.
+        self._alphabet = {word for word in inner.get_vocab() if len(word) == 1} if words else None
         self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
 
     @classmethod
@@ -66,7 +69,7 @@ class Tokenizer:
         if not self.has_chat_template:
             if not isinstance(prompt, str):
                 raise UserError("The prompt is a chat, but this model's tokenizer has no chat template; give plain text.")
-            return list(self.inner(prompt)["input_ids"])
+            return self._ids(prompt, True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
             text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -76,8 +79,13 @@ class Tokenizer:
 
     def encode_completion(self, text: str, finished: bool) -> list[int]:
         """Ids of a completion, with the end-of-sequence token if it finished by itself."""
-        ids = list(self.inner(text, add_special_tokens=False)["input_ids"])
+        ids = self._ids(text, False)
         return ids + [self.eos_ids[0]] if finished else ids
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        if self._alphabet is not None and (unknown := set(text) - self._alphabet):
+            raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(unknown)))}, for which this model has no token.")
+        return list(self.inner(text, add_special_tokens=special)["input_ids"])
 
     def encode_turn(self, text: str, ended: bool) -> list[int]:
         """Ids of what another says after the policy's turn, up to where the policy writes again.
@@ -85,7 +93,7 @@ class Tokenizer:
         With a chat template it is a user message. ``ended``: the policy wrote an end token itself.
         """
         if not self.has_chat_template:
-            return list(self.inner(text, add_special_tokens=False)["input_ids"])
+            return self._ids(text, False)
         marker = "\u2402turn\u2403"
         messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": marker}, {"role": "user", "content": text}]
         rest = str(self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).partition(marker)[2]

@@ -85,6 +85,8 @@ def checked(environment: Environment) -> Environment:
     lacks = [n for n in ("name", "alphabet", "turn_tokens", "max_turns", "prompts", "start") if not hasattr(environment, n)]
     if lacks:
         raise UserError(f"Environment '{name}' lacks {', '.join(lacks)}; see accord.rollout.environments.Environment.")
+    if not isinstance(environment.alphabet, str):
+        raise UserError(f"Environment '{name}': alphabet is {environment.alphabet!r}; it must be a text with the characters that are used.")
     for limit in ("turn_tokens", "max_turns"):
         if not isinstance(value := getattr(environment, limit), int) or value < 1:
             raise UserError(f"Environment '{name}': {limit} is {value!r}; it must be a whole number above 0.")

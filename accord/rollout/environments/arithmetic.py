@@ -15,9 +15,8 @@ class Sum:
         self._right = right
 
     def answer(self, text: str, finished: bool) -> Answer:
-        """1 if the first number of the text is the sum, else 0."""
-        found = re.match(r"\s*(\d+)", text)
-        return Answer(float(found is not None and int(found[1]) == self._right))
+        """1 if the text is the sum and nothing else, else 0."""
+        return Answer(float(text.strip() == str(self._right)))
 
 
 class Addition:
