@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -242,11 +243,14 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], reference: 
     repair_lines(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     have = read_completions(path) if path.exists() and path.stat().st_size else {}
-    per_prompt = build(SampleSettings, settings, "sample").per_prompt
+    s = build(SampleSettings, settings, "sample")
+    per_prompt, mark = s.per_prompt, {"sampling": sampling_mark(policy, reference, s)}
+    if have and first_row(path).get("sampling", mark["sampling"]) != mark["sampling"]:
+        raise UserError(f"{path} was sampled from another model or with other settings; choose another --out.")
     last = next(reversed(have), None)
     if last is not None and len(have[last]) < per_prompt and all(len(have[key]) == per_prompt for key in have if key != last):
         have.pop(last)  # a write that was cut in the middle of a prompt: that prompt is sampled again
-        write_jsonl(path, ({**c.to_json(), "tokens": c.tokens} for group in have.values() for c in group))
+        write_jsonl(path, ({**c.to_json(), "tokens": c.tokens, **mark} for group in have.values() for c in group))
     odd = next((key for key, group in have.items() if len(group) != per_prompt), None)
     if odd is not None:
         raise UserError(f"{path} holds {len(have[odd])} completions of '{odd}', not {per_prompt}; choose another --out.")
@@ -254,11 +258,23 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], reference: 
 
     def append(chunk: list[Completion]) -> None:
         with path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps({**c.to_json(), "tokens": c.tokens}, ensure_ascii=False) + "\n" for c in chunk))
+            handle.write("".join(json.dumps({**c.to_json(), "tokens": c.tokens, **mark}, ensure_ascii=False) + "\n" for c in chunk))
 
     if todo:
         sample(policy, todo, append, reference=reference, **settings)
     return sum(len(group) for group in have.values()) + len(todo) * per_prompt
+
+
+def sampling_mark(policy: Policy, reference: Policy | None, settings: SampleSettings) -> str:
+    """Equal for completions that were sampled alike: model, reference and settings."""
+    about = (policy.source, reference and reference.source, settings.model_dump(exclude={"per_prompt", "rows"}))
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as handle:
+        row: dict[str, Any] = json.loads(handle.readline())
+    return row
 
 
 @dataclass

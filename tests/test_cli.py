@@ -97,6 +97,8 @@ def test_sample_goes_on_where_it_stopped(home, capsys):
     assert (home / "c.jsonl").read_text() == whole
     code, out = accord(capsys, *arguments[:-4], "--per-prompt", "3", "--max-new-tokens", "5")
     assert code == 2 and "holds 2 completions of" in out
+    code, out = accord(capsys, *arguments, "--temperature", "0.5")
+    assert code == 2 and "from another model or with other settings" in out and (home / "c.jsonl").read_text() == whole
 
 
 def test_reward_from_pairs(home, capsys):
