@@ -702,6 +702,7 @@ def test_a_run_s_episodes_are_logged_so_that_they_can_be_learned_from(tiny, tmp_
     ("given", "reason"),
     [
         ({"algorithm": "pop"}, "there is no 'pop'.*Did you mean 'ppo'"),
+        ({"algorithm": "PPO"}, "there is no 'PPO'.*Did you mean 'ppo'"),
         ({"algorithm": "reinforce", "epochs": 2}, "no ratio between new and old policy"),
         ({"algorithm": "reinforce", "advantage": "gae"}, "is a2c"),
         ({"algorithm": "rloo", "advantage": "gae"}, "takes its advantages from leave_one_out"),

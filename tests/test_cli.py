@@ -260,6 +260,9 @@ def test_learning_from_a_log(home, capsys):
         (["--algorithm", "ilql", "--completions", "turns.jsonl"], "turns.jsonl:1: each of its 'turns' needs 'tokens' and 'reply'"),
         (["--algorithm", "ilql", "--completions", "good.jsonl", "--validation", "prompts.jsonl"], "Validation prompts need a reward"),
         (["--algorithm", "ilql", "--completions", "missing.jsonl"], "missing.jsonl"),
+        (["--algorithm", "ilql", "--completions", "model"], "model is a folder; give a file"),
+        (["--algorithm", "ilql", "--completions", "good.jsonl", "--prompts", "prompts.jsonl"], "leave out --prompts"),
+        (["--algorithm", "ilql", "--completions", "good.jsonl", "--reward", "mine:short"], "give validation prompts too"),
     ],
 )
 def test_a_bad_log_is_one_sentence(home, capsys, arguments, message):

@@ -25,6 +25,9 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _hub_rows(name)
         return
     path = Path(name).expanduser()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.jsonl"))
+        raise UserError(f"{path} is a folder; give a file{' in it: ' + ', '.join(inside) if inside else ''}.")
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"File {path} does not exist.{did_you_mean(str(path), siblings)}")
