@@ -538,7 +538,8 @@ def test_ilql_targets_loss_and_gradient_equal_the_oracle():
         m = w.used[row]
         if m.any():
             y[row, m] = oracle.n_step(e.rewards.numpy()[row, m], current[row, m], s.gamma, 1)
-    e = algorithm.with_targets(w.policy, w.critic, e)
+    theirs = algorithm.reference(w.policy, e)
+    e = algorithm.with_targets(w.policy, w.critic, e, theirs)
     np.testing.assert_allclose(e.returns.numpy()[w.used], y[w.used], rtol=1e-6)
     np.testing.assert_allclose(e.values.numpy()[w.used], q_target[w.used], rtol=1e-6)
 
@@ -547,7 +548,7 @@ def test_ilql_targets_loss_and_gradient_equal_the_oracle():
         q = current + w.picked(a)  # V is not taught by Q's error
         return oracle.ilql(q[w.used], y[w.used], q_target[w.used], w.value()[w.used], a[w.used], w.tokens[w.used], 0.8, 0.3)
 
-    got, _ = algorithm.q_loss(w.policy, w.critic, e, e.mask.sum())
+    got, _ = algorithm.q_loss(w.policy, w.critic, e, e.mask.sum(), theirs)
     assert float(got.detach()) == pytest.approx(loss(), rel=1e-6)
     got.backward()
     gradient = np.concatenate([p.grad.numpy().ravel() for p in w.parameters()])

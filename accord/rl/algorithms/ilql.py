@@ -42,38 +42,43 @@ class ILQL(QLearning):
 
     def loss(self, policy: Policy, critic: ScalarModel | None, rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert critic is not None
-        return self.q_loss(policy, critic, self.with_targets(policy, critic, rows), count)
+        theirs = self.reference(policy, rows)
+        return self.q_loss(policy, critic, self.with_targets(policy, critic, rows, theirs), count, theirs)
 
     @torch.no_grad()
-    def with_targets(self, policy: Policy, critic: ScalarModel, rows: Experience) -> Experience:
+    def reference(self, policy: Policy, rows: Experience) -> Contrast:
+        """q_scale * (z - z_ref), with the reference's states before each of the N response tokens."""
+        states = states_of(policy.start, rows.rollout, policy.trunk_layers)
+        return Contrast(states, policy.start.output_matrix, self.settings.q_scale, base=0.0)
+
+    def advantage(self, states: Tensor, matrix: Tensor, rows: Experience, theirs: Contrast) -> Tensor:
+        """Q(s_t, a_t) - V(s_t) of the rollout's tokens, (B,T). states (N,D), matrix (V,D): of a policy. Differentiable."""
+        s, tokens = self.settings, rows.rollout.tokens[rows.rollout.response_mask]
+        z, z_ref = (token_logits(h, w, tokens, s.temperature) for h, w in ((states, matrix), (theirs.hidden, theirs.matrix)))
+        return s.q_scale * spread(z - z_ref, rows.rollout)
+
+    @torch.no_grad()
+    def with_targets(self, policy: Policy, critic: ScalarModel, rows: Experience, theirs: Contrast) -> Experience:
         """What Q is regressed on (r + gamma V(s'), or n steps of it) as the returns; the target network's Q as the values."""
         s, rollout, (model, old_critic) = self.settings, rows.rollout, self.target
         y = n_step_targets(rows.rewards, values_before(critic, rollout)[0], rows.mask, s.gamma, s.n_step)
-        tokens = rollout.tokens[rollout.response_mask]
-        z, z_ref = (
-            token_logits(states_of(m, rollout, split), m.output_matrix, tokens, s.temperature)
-            for m, split in ((model, policy.split), (policy.start, policy.trunk_layers))
-        )
-        q = values_before(old_critic, rollout)[0] + s.q_scale * spread(z - z_ref, rollout)
+        q = values_before(old_critic, rollout)[0]
+        q = q + self.advantage(states_of(model, rollout, policy.split), model.output_matrix, rows, theirs)
         return replace(rows, returns=y, values=q)
 
-    def q_loss(self, policy: Policy, critic: ScalarModel, rows: Experience, count: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def q_loss(
+        self, policy: Policy, critic: ScalarModel, rows: Experience, count: Tensor, theirs: Contrast
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """E_t[(Q - y)^2] + E_t[L2_tau(Q_target - V)] - cql_coef E_t[log softmax(Q(s_t, .))_a] (eq. 4, and 5 for the last term).
 
         The first and the last teach the policy's logits alone, the second the critic alone.
         """
-        s, rollout = self.settings, rows.rollout
-        tokens = rollout.tokens[rollout.response_mask]
-        states = states_of(policy.model, rollout, policy.split)
-        with torch.no_grad():
-            theirs = Contrast(states_of(policy.start, rollout, policy.trunk_layers), policy.start.output_matrix, s.q_scale, base=0.0)
-            z_ref = token_logits(theirs.hidden, theirs.matrix, tokens, s.temperature)
-        value = values_before(critic, rollout)[0]
-        z = token_logits(states, policy.model.output_matrix, tokens, s.temperature)
-        q = value.detach() + s.q_scale * spread(z - z_ref, rollout)
-        among = spread(token_stats(states, policy.model.output_matrix, tokens, s.temperature, theirs).logprobs, rollout)
+        s, rollout, matrix = self.settings, rows.rollout, policy.model.output_matrix
+        states, value = states_of(policy.model, rollout, policy.split), values_before(critic, rollout)[0]
+        q = value.detach() + self.advantage(states, matrix, rows, theirs)
+        among = token_stats(states, matrix, rollout.tokens[rollout.response_mask], s.temperature, theirs).logprobs
         td = masked_mean((q - rows.returns) ** 2, rows.mask, count)
         expectile = expectile_loss(rows.values - value, s.expectile, rows.mask, count)
-        cql = -masked_mean(among, rows.mask, count)
+        cql = -masked_mean(spread(among, rollout), rows.mask, count)
         named = {"objective/td": td, "objective/value_loss": expectile, "objective/cql": cql}
         return td + expectile + s.cql_coef * cql, {**named, "q_mean": masked_mean(q, rows.mask, count).detach()}
