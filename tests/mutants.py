@@ -97,7 +97,7 @@ MUTANTS = [
     ("rl/algorithms/dqn", "theirs = logits_at(model, rows, policy.split, s.temperature, best)", "theirs = logits_at(model, rows, policy.split, s.temperature)", "DQN: value of the action taken, not of the best", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "s.q_scale * spread(theirs.chosen - theirs.largest, rows.rollout)", "0.0 * spread(theirs.chosen - theirs.largest, rows.rollout)", "DQN: max over the target network instead of double Q", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "q = values_before(critic, rows.rollout)[0] + ", "q = values_before(critic, rows.rollout)[0] - ", "DQN: advantage subtracted", ALG, "dqn_targets"),
-    ("rl/algorithms/qlearning", "                parameters[n].data.copy_(", "                (lambda x: x)(", "Q-learning: a checkpoint's target network is not taken over", ALG, "resume and ilql"),
+    ("rl/algorithms/qlearning", "            take_over(module, {", "            dict({", "Q-learning: a checkpoint's target network is not taken over", ALG, "resume and ilql"),
     ("rl/qvalues", ".sum(-1) / temperature", ".sum(-1)", "Q: temperature forgotten", ALG, "dqn_targets"),
     ("rl/algorithms/dqn", "rows.mask, s.gamma, s.n_step)", "rows.mask, 1.0, s.n_step)", "DQN: target without the discount", ALG, "dqn_targets"),
     ("rl/algorithms/ilql", "q = value.detach() + self", "q = value + self", "ILQL: missing stop-gradient, V learns from Q's error", ALG, "ilql_targets"),
@@ -109,7 +109,7 @@ MUTANTS = [
     ("nn/logprobs", "self.base * theirs + self.strength * (logits - theirs)", "self.base * theirs + self.strength * (theirs - logits)", "contrast: away from the policy", ALG, "contrast"),
     ("nn/logprobs", "        return self.strength\n", "        return 1.0\n", "contrast: strength forgotten in the gradient", ALG, "contrast"),
     ("nn/logprobs", "1 - self.epsilon)", "1.0)", "epsilon-greedy: more than all", ALG, "epsilon_greedy_by_hand"),
-    ("rl/offline", "row.rewards[_last(row)] += one.score - sum", "row.rewards[_last(row)] += one.score - 0 * sum", "a log's rewards counted twice", ALG, "logged_so"),
+    ("rl/offline", "row.rewards[row.end - 1] += one.score - sum", "row.rewards[row.end - 1] += one.score - 0 * sum", "a log's rewards counted twice", ALG, "logged_so"),
     ("data/pairs", "(above - below)", "(below - above)", "score by rank: the last is best", "test_data.py", "scores_by_rank"),
     # Rollouts.
     ("rollout/sampling", "right=True", "right=False", "inverse CDF: the token before the one passed", ROLL, "inverse_cdf"),

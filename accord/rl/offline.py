@@ -81,7 +81,7 @@ def _encode(one: Logged, policy: Policy) -> Row:
             row.extend(turn.tokens, chosen=True)
             row.rewards[-1] = turn.reward
             row.extend(turn.reply, chosen=False)
-        row.rewards[_last(row)] += one.score - sum(turn.reward for turn in one.turns)  # what other rewards gave
+        row.rewards[row.end - 1] += one.score - sum(turn.reward for turn in one.turns)  # what other rewards gave
     else:
         answer = policy.tokenizer.encode_completion(completion.text, completion.finished)
         if not answer:
@@ -113,8 +113,3 @@ def _in_order(pieces: Sequence[str], text: str) -> bool:
             return False
         place = found + len(piece)
     return True
-
-
-def _last(row: Row) -> int:
-    """Where the last token stands that the policy chose."""
-    return len(row.chosen) - 1 - row.chosen[::-1].index(True)

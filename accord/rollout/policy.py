@@ -13,6 +13,7 @@ In each case ``start`` is the policy as it started, and serves as the reference.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,6 +155,19 @@ def snapshot_of(module: Module) -> Module:
     still = [m for m in module.modules() if m is not module and not any(p.requires_grad for p in m.parameters())]
     memo: dict[int, object] = {id(x): x for x in [*still, *(p for p in module.parameters() if not p.requires_grad)]}
     return copy.deepcopy(module, memo).requires_grad_(False)
+
+
+def tensors_of(snapshot: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those parameters of a snapshot that a checkpoint holds: the ones that train in what it was taken of."""
+    parameters = dict(snapshot.named_parameters())
+    return {name: parameters[name].detach() for name in names}
+
+
+def take_over(snapshot: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a snapshot the parameters that :func:`tensors_of` gave."""
+    parameters = dict(snapshot.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].data.copy_(tensor)
 
 
 def _shell(block: nn.Module) -> nn.Module:

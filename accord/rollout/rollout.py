@@ -143,10 +143,15 @@ class Row:
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
         self.rewards += [0.0] * len(tokens)
 
+    @property
+    def end(self) -> int:
+        """Where the row ends: after the last token that the policy chose."""
+        return len(self.chosen) - self.chosen[::-1].index(True)
+
 
 def from_rows(rows: Sequence[Row], finished: Sequence[bool], texts: list[str], pad_id: int, device: torch.device, sampled: bool) -> Rollout:
     """Episodes as a rollout, with their ``step_rewards``. Each ends with the policy's last token: what comes after is read by nobody."""
-    ends = [len(row.chosen) - row.chosen[::-1].index(True) for row in rows]
+    ends = [row.end for row in rows]
     width = max(ends)
 
     def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:

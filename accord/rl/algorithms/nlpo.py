@@ -18,7 +18,7 @@ from accord.rl.experience import Experience
 from accord.rl.optimize import Optimizer
 from accord.rl.settings import RLSettings
 from accord.rollout.guides import Within
-from accord.rollout.policy import Policy
+from accord.rollout.policy import Policy, take_over, tensors_of
 
 
 class NLPO(PPO):
@@ -40,11 +40,8 @@ class NLPO(PPO):
         return stats
 
     def tensors(self) -> dict[str, Tensor]:
-        mine = dict(self._mask.named_parameters())
-        return {f"mask/{name}": mine[name].detach() for name in self._trained}
+        return {f"mask/{name}": tensor for name, tensor in tensors_of(self._mask, self._trained).items()}
 
     def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         super().restore(tensors, about)
-        mine = dict(self._mask.named_parameters())
-        for name in self._trained:
-            mine[name].data.copy_(tensors[f"mask/{name}"])
+        take_over(self._mask, {name: tensors[f"mask/{name}"] for name in self._trained})

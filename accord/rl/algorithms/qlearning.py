@@ -14,7 +14,7 @@ from accord.rl.advantages import returns_to_go
 from accord.rl.algorithms.base import Algorithm
 from accord.rl.experience import Experience
 from accord.rl.settings import RLSettings
-from accord.rollout.policy import Policy, snapshot_of
+from accord.rollout.policy import Policy, snapshot_of, take_over, tensors_of
 
 
 class QLearning(Algorithm):
@@ -40,14 +40,11 @@ class QLearning(Algorithm):
 
     def tensors(self) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for name, module in zip(("policy", "critic"), self.target, strict=True):
-            parameters = dict(module.named_parameters())
-            out |= {f"target/{name}/{n}": parameters[n].detach() for n in self._trained[name]}
+        for (name, trained), module in zip(self._trained.items(), self.target, strict=True):
+            out |= {f"target/{name}/{n}": tensor for n, tensor in tensors_of(module, trained).items()}
         return out
 
     def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         super().restore(tensors, about)
-        for name, module in zip(("policy", "critic"), self.target, strict=True):
-            parameters = dict(module.named_parameters())
-            for n in self._trained[name]:
-                parameters[n].data.copy_(tensors[f"target/{name}/{n}"])
+        for (name, trained), module in zip(self._trained.items(), self.target, strict=True):
+            take_over(module, {n: tensors[f"target/{name}/{n}"] for n in trained})
