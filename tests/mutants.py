@@ -38,6 +38,8 @@ MUTANTS = [
     ("rl/advantages", "(totals[None, :] - mean[:, None]) ** 2", "(totals[None, :]) ** 2", "group advantage: second moment for variance", ALG, "advantages"),
     ("rl/advantages", "target = rewards + gamma * shifted", "target = rewards + shifted", "n-step targets: discount forgotten", ALG, "advantages"),
     ("rl/advantages", "following = torch.where(mask[:, t], target[:, t], following)", "following = target[:, t]", "n-step targets: other columns not stepped over", ALG, "advantages"),
+    ("rl/advantages", "(logprobs - sampled_logprobs).exp()", "(sampled_logprobs - logprobs).exp()", "correction of the sampler upside down", ALG, LOSS + " and eight"),
+    ("rl/advantages", ".exp().clamp(max=cap)", ".exp()", "correction of the sampler without its cap", ALG, LOSS + " and eight"),
     # Masks, means, whitening.
     ("rl/masked", "denominator = mask.sum() if count is None else count", "denominator = mask.sum()", "mean over the micro-batch, not the whole step", MATH, "accumulated"),
     ("rl/masked", "denominator = mask.sum() if count is None else count", "denominator = mask.numel() if count is None else count", "mean over padding too", MATH, "surrogate"),

@@ -86,6 +86,7 @@ class World:
         self.scores, self.values = rng.normal(size=B), rng.normal(size=(B, T))
         self.finished = rng.random(B) < 0.6
         self.kl_coef = 0.13
+        self.sampled = np.where(self.mask, rng.normal(-2.0, 1.0, size=(B, T)), 0.0)  # log mu of the tokens
 
     # NumPy.
 
@@ -116,7 +117,7 @@ class World:
         mine, ref = (torch.where(mask, t(x), 0.0) for x in (old, self.picked(self.logp(self.reference))))
         kl = kl_estimate(mine, ref, "k1" if self.settings.kl_estimator == "full" else self.settings.kl_estimator)
         rollout = Rollout(
-            t(self.tokens), torch.arange(T).expand(B, T), token_mask, mask, zeros, t(self.finished),
+            t(self.tokens), torch.arange(T).expand(B, T), token_mask, mask, t(self.sampled), t(self.finished),
             [Prompt(f"p{row // 3}", "x") for row in range(B)], [row % 3 for row in range(B)], [""] * B,
         )  # fmt: skip
         return Experience(

@@ -150,6 +150,8 @@ def expected_advantages(w):
     if s.whiten_advantages:
         flat = advantages[w.used]
         advantages = np.where(w.used, (advantages - flat.mean()) / (flat.std() + 1e-8), 0.0)
+    if s.rollout_weights == "int8":  # truncated importance sampling: E_mu[min(pi/mu, cap) ...] for E_pi[...]
+        advantages = np.where(w.used, advantages * np.minimum(np.exp(old - w.sampled), s.correction_cap), 0.0)
     return advantages, returns
 
 
@@ -196,6 +198,8 @@ CASES = {
     "ppo, leave one out, full kl in the loss": ("clip", {"advantage": "leave_one_out", "kl_in": "loss", "kl_estimator": "full"}),
     "ppo, k2 in the loss": ("clip", {"kl_in": "loss", "kl_estimator": "k2"}),
     "ppo, k3 in the reward": ("clip", {"kl_estimator": "k3"}),
+    "ppo, sampled in eight bits": ("clip", {"rollout_weights": "int8", "correction_cap": 1.5}),
+    "reinforce, sampled in eight bits": ("gradient", {"rollout_weights": "int8"}),
     "grpo": ("clip", {}),
     "ppo-penalty": ("ratio", {"penalty_beta": 0.9}),
     "reinforce": ("gradient", {}),

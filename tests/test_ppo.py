@@ -62,6 +62,20 @@ def test_self_test_passes_on_a_sound_start(tiny, prompts, adaptation):
     assert max(largest for _, largest in found) < 1e-4
 
 
+def test_rollouts_in_eight_bits_are_another_distribution_and_say_so(tiny, prompts, tmp_path):
+    """The sampler's log-probabilities are of what it sampled from; training reads the trunk itself."""
+    settings = make(rollout_weights="int8")
+    run = Run.create(tmp_path / "run", {"command": "rl"})
+    train(tiny, prompts, build_reward(letters, tiny), settings, run)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-4 < metrics[0]["self_test/ratio"] < 0.5
+    assert metrics[0]["self_test/reference"] < 1e-5
+    assert all(0 < m["engine_gap"] < 5 and abs(m["engine_kl"]) < 0.5 for m in metrics[1:])
+    state = State.begin(tiny, build_reward(letters, tiny), settings)
+    rollout = Engine(state.policy, weights="int8").sample(prompts[:4], 2, settings.sampling(0), keep_trunk=True)
+    assert rollout.trunk is None
+
+
 def test_self_test_names_a_wrong_temperature(begun):
     state, experience, settings = begun
     wrong = dataclasses.replace(experience, old_logprobs=experience.old_logprobs * 0.9)

@@ -7,6 +7,8 @@ from conftest import save_model
 
 from accord.data.records import Prompt
 from accord.errors import UserError
+from accord.nn.native import library
+from accord.rollout import decoding
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import micro_batches
@@ -61,6 +63,32 @@ def test_tokens_do_not_depend_on_what_is_beside_them(tiny, prompts, rollout):
         assert again.texts == rollout.texts
     alone = Engine(tiny, rows=4).sample(prompts[3:4], 2, SAMPLING)
     assert alone.texts == rollout.texts[6:8]
+
+
+def test_bursts_as_on_a_gpu_write_the_same(tiny, prompts, rollout, monkeypatch):
+    """Several steps before anyone looks which rows have ended, and the cache read in larger pieces than needed."""
+    before = decoding.Decoding.__init__
+
+    def eight_at_a_time(self, *arguments):
+        before(self, *arguments)
+        self.burst, self.bucket = 8, 16
+
+    monkeypatch.setattr(decoding.Decoding, "__init__", eight_at_a_time)
+    for native in ("1", "0"):
+        monkeypatch.setenv("ACCORD_NATIVE", native)
+        library.cache_clear()
+        again = Engine(tiny, rows=5).sample(prompts, 2, SAMPLING)
+        assert torch.equal(again.tokens, rollout.tokens)
+        torch.testing.assert_close(again.engine_logprobs, rollout.engine_logprobs, rtol=0, atol=2e-5)
+        assert torch.equal(again.finished, rollout.finished)
+    library.cache_clear()
+
+
+def test_progress_adds_up(tiny, prompts, rollout):
+    done = []
+    Engine(tiny, rows=5).sample(prompts, 2, SAMPLING, on_progress=lambda *count: done.append(count))
+    assert sum(ended for ended, _ in done) == len(rollout)
+    assert sum(tokens for _, tokens in done) == int(rollout.response_mask.sum())
 
 
 def test_kept_trunk_is_what_the_frozen_layers_compute(tiny, prompts):

@@ -1,7 +1,7 @@
 """Log-probability and entropy of tokens, computed in chunks so that a B x T x V tensor never exists.
 
 This is the only function in accord that turns hidden states into log-probabilities: sampling, the
-reference and the update all come through :func:`log_softmax_logits` with the same temperature.
+reference and the update all come through :func:`log_softmax_of` with the same temperature.
 """
 
 from __future__ import annotations
@@ -117,11 +117,16 @@ def nucleus_set(logprobs: Tensor, top_p: float) -> Tensor:
 def log_softmax_logits(
     hidden: Tensor, matrix: Tensor, temperature: float, processor: LogitsProcessor | None = None, chosen: Tensor | None = None
 ) -> Tensor:
-    """log softmax(hidden @ matrix.T / temperature), fp32 (fp64 stays). hidden (N,D), matrix (V,D) -> (N,V).
+    """:func:`log_softmax_of` of hidden @ matrix.T. hidden (N,D), matrix (V,D) -> (N,V)."""
+    return log_softmax_of(hidden @ matrix.to(hidden.dtype).t(), temperature, processor, chosen)
+
+
+def log_softmax_of(logits: Tensor, temperature: float, processor: LogitsProcessor | None = None, chosen: Tensor | None = None) -> Tensor:
+    """log softmax(logits / temperature), fp32 (fp64 stays). (N,V) -> (N,V).
 
     With a ``processor``, of what it makes of the logits; ``chosen`` (N,) are the tokens that were drawn from that.
     """
-    logits = wide(hidden @ matrix.to(hidden.dtype).t())
+    logits = wide(logits)
     if temperature != 1.0:
         logits = logits / temperature
     if processor is not None:

@@ -80,6 +80,14 @@ def group_normalised(totals: Tensor, group: Tensor, valid: Tensor, eps: float = 
     return torch.where(valid & (deviation > ROUNDING * largest), (totals - mean) / (deviation + eps), 0.0)
 
 
+def truncated_ratio(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old(a|s) / mu(a|s), cap): what a token drawn from mu counts for pi_old (Ionides 2008, eq. 2).
+
+    logprobs, sampled_logprobs: nats, of the policy as it is trained and as it sampled.
+    """
+    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 def n_step_targets(rewards: Tensor, bootstrap: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
     """y_t = sum_{k<n} gamma^k r_{t+k} + gamma^n b_{t+n} over the chosen tokens, (B,T), 0 outside the response.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from accord.rl.advantages import gae, group_normalised, leave_one_out, returns_to_go
+from accord.rl.advantages import gae, group_normalised, leave_one_out, returns_to_go, truncated_ratio
 from accord.rl.experience import Experience
 from accord.rl.masked import whiten
 from accord.rl.rewards import token_rewards
@@ -51,6 +51,9 @@ class Credit:
             advantages = torch.where(e.mask, form(rewards.sum(-1), e.rollout.group, e.valid)[:, None], 0.0)
         if s.whiten_advantages:
             advantages = whiten(advantages, e.mask)
+        if s.rollout_weights != "same":  # every term that has an advantage is linear in it, so this weighs the tokens
+            weight = truncated_ratio(e.old_logprobs, e.rollout.engine_logprobs, s.correction_cap)
+            advantages = torch.where(e.mask, advantages * weight, 0.0)
         return replace(e, rewards=rewards, advantages=advantages, returns=returns, kl_coef=kl_coef)
 
     def _moving_baseline(self, returns: Tensor, e: Experience) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.reward.sources import Reward
+from accord.rl.advantages import truncated_ratio
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import Saved, State, batch_of, roll
@@ -71,7 +72,7 @@ def explain(
     policy, critic, algorithm = state.policy, state.critic, state.algorithm
     if settings.algorithm in NOT_EXPLAINED:
         raise UserError(f"{settings.algorithm} does not ascend a sum of such terms; explain a run of another algorithm.")
-    engine, guide = Engine(policy, settings.rows), algorithm.guide()
+    engine, guide = Engine(policy, settings.rows, settings.rollout_weights), algorithm.guide()
     rollout = roll(engine, environment, batch_of(prompts, step, settings), settings.completions_per_prompt, settings.sampling(step), guide)
     if not 0 <= row < len(rollout):
         raise UserError(f"This step has {len(rollout)} completions: choose --row 0 to {len(rollout) - 1}.")
@@ -94,6 +95,8 @@ def _take_apart(policy: Policy, state: State, e: Experience, row: int, step: int
     in_reward = state.kl.coef if s.kl_in == "reward" else 0.0
     penalty = -in_reward * alone.kl[0, columns]
     table = {"log pi": now, "log pi_old": old, "log pi_ref": ref, "ratio": ratio}
+    if s.rollout_weights != "same":
+        table["correction"] = truncated_ratio(old, alone.rollout.engine_logprobs[0, columns], s.correction_cap)
     if s.algorithm in ("ppo", "grpo", "nlpo"):
         A, eps = alone.advantages[0, columns], s.clip_epsilon
         table["clipped"] = (((ratio > 1 + eps) & (A > 0)) | ((ratio < 1 - eps) & (A < 0))).float()

@@ -96,7 +96,7 @@ ALGORITHMS: dict[str, Spec] = {
     ),
     "ilql": Spec(
         f"{HERE}.ilql:ILQL", "offline, from logged completions: implicit language Q-learning (Snell et al. 2022)", ("n_step",),
-        kl_in_loss=False, offline=True, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target", "whiten_advantages"),
+        kl_in_loss=False, offline=True, unused=("rollout_weights", "entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target", "whiten_advantages"),
         defaults={"prompts_per_step": 64, "completions_per_prompt": 1, "epochs": 1, "minibatches": 4, "whiten_advantages": False,
                   "kl_coef": 0.0, "kl_estimator": "full", "target_every": 1},
     ),

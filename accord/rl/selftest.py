@@ -13,9 +13,11 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.scoring import score
 
-MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Mean absolute difference in nats a token that rounding in this dtype may cause."""
-MAX_FACTOR = 50
+INT8_TOLERANCE = 0.5
+"""The same for weights in eight bits, which the training corrects for (``rollout_weights``)."""
+MAX_FACTOR = 20
 """The largest single difference may be this many times the mean tolerance."""
 
 
@@ -40,18 +42,21 @@ def self_test(policy: Policy, experience: Experience, settings: RLSettings) -> S
         _difference(experience.raw_logprobs[mask], experience.ref_logprobs[mask]),
         _padding(policy, experience, settings),
     )
-    tolerance = MEAN_TOLERANCE[policy.model.compute_dtype]
     remedies = SelfTest(
         "ratio = 1: the sampler and the scoring path disagree about the log-probability of the sampled tokens",  # type: ignore[arg-type]
         "KL = 0: the policy and its reference differ before any update",  # type: ignore[arg-type]
         "padding: a row's log-probabilities change with the rows beside it",  # type: ignore[arg-type]
     )
     for name, (mean, largest), broken in zip(SelfTest._fields, found, remedies, strict=True):
+        tolerance = MEAN_TOLERANCE[policy.model.compute_dtype]
+        if name == "ratio" and settings.rollout_weights == "int8":
+            tolerance = INT8_TOLERANCE
         if not (mean <= tolerance and largest <= MAX_FACTOR * tolerance):
             raise UserError(
                 f"Self-test before the first update failed at '{name}'. Broken invariant: {broken} "
                 f"(mean {mean:.2g}, largest {largest:.2g} nats; allowed {tolerance:g} and {MAX_FACTOR * tolerance:g}). "
-                "Training would learn from wrong ratios, so it does not start. Try --dtype float32; if that fails too, it is a bug."
+                "Training would learn from wrong ratios, so it does not start. Try --dtype float32"
+                f"{' and --rollout-weights same' if settings.rollout_weights != 'same' else ''}; if that fails too, it is a bug."
             )
     return found
 

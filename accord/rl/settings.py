@@ -35,6 +35,12 @@ class RLSettings(BaseModel):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; scoring uses the same")
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
 
+    rollout_weights: Literal["same", "int8"] = Field(
+        "same",
+        description="Weights the sampler multiplies by: the policy's, or those rounded to eight bits: faster, another distribution, corrected by the ratio of the two",
+    )
+    correction_cap: float = Field(2.0, ge=1, description="The most a token may count in that correction (rollout_weights int8)")
+
     gamma: float = Field(1.0, ge=0, le=1, description="Discount of later rewards")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade of bias (0) against variance (1)")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="How far the ratio may move before its gradient is cut")
@@ -169,6 +175,8 @@ class RLSettings(BaseModel):
             raise ValueError(f"advantage {self.advantage} judges a completion as a whole, so gamma must be 1")
         if self.epsilon != RLSettings.model_fields["epsilon"].default and self.exploration != "epsilon":
             raise ValueError("epsilon means nothing to exploration boltzmann; set exploration to epsilon, or leave it out")
+        if self.rollout_weights == "same" and self.correction_cap != RLSettings.model_fields["correction_cap"].default:
+            raise ValueError("correction_cap means nothing to rollout_weights same: there is nothing to correct; leave it out")
         if (spec.offline or self.exploration == "epsilon") and self.kl_estimator != "full":
             raise ValueError(
                 f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; "

@@ -93,6 +93,10 @@ def check_start(
         encode_checked(start, prompt, room)  # too long is told now, not at step 30
         if environment is not None:
             begin(environment, prompt, 0)
+    if settings.rollout_weights != "same" and not isinstance(start.model, Transformer):
+        raise UserError(
+            f"accord does not compute this model itself, so it cannot sample with {settings.rollout_weights} weights; use --rollout-weights same."
+        )
     if isinstance(start.model, Transformer) and settings.top_layers > start.model.depth:
         depth = start.model.depth
         raise UserError(f"top_layers is {settings.top_layers}; this model has {depth} layers, so use 1 to {depth}.")
@@ -122,7 +126,7 @@ def train(
     first = kept = state.restore(saved)
     if saved is not None and saved.about.get("stopped"):
         return Outcome(policy, str(saved.about["stopped"]), first)
-    engine, watch = Engine(policy, settings.rows), Watch(settings, run.warn)
+    engine, watch = Engine(policy, settings.rows, settings.rollout_weights), Watch(settings, run.warn)
     held = list(validation)[: settings.validation_prompts]
     stopped: str | None = "max_steps" if first >= settings.max_steps else None
     step = first

@@ -27,7 +27,8 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
         "skipped": (~e.valid).float().sum(),
     }
     if rollout.sampled:
-        stats["engine_gap"] = (rollout.engine_logprobs - e.old_logprobs)[mask].abs().max()
+        gap = (rollout.engine_logprobs - e.old_logprobs)[mask]
+        stats |= {"engine_gap": gap.abs().max(), "engine_kl": gap.mean()}  # the latter estimates KL[mu || pi_old] a token
     if bool(e.values.any()):  # there is a critic
         stats["explained_variance"] = explained_variance(e.values, e.returns, e.mask)
     for name, values in e.parts.items():

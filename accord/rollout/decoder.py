@@ -7,39 +7,49 @@ own length, so a finished row's place can be given to the next prompt while the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accord.nn.transformer import Block, Transformer, attend, attention_bias, rotate
+from accord.nn.transformer import Block, Geometry, RMSNorm, Transformer, attend, rotate
+from accord.rollout.matrices import Matrix, matrix
+from accord.rollout.pieces import Place, pieces_for
 
 
 @dataclass(frozen=True)
 class FusedBlock:
     """A block's weights in the compute dtype, query/key/value and gate/up side by side."""
 
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    block: Block  # norms, and which mask and positions apply
+    input_norm: Tensor
+    qkv: Matrix
+    out: Matrix
+    rest_norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+    block: Block  # heads and groups, and which mask and positions apply
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> FusedBlock:
-        def join(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
-            weight = torch.cat([layer.weight.detach().to(dtype) for layer in layers])  # type: ignore[operator]
-            if layers[0].bias is None:
-                return weight, None
-            return weight, torch.cat([layer.bias.detach().to(dtype) for layer in layers])  # type: ignore[operator]
+    def of(cls, block: Block, dtype: torch.dtype, precision: str) -> FusedBlock:
+        def join(*layers: nn.Module) -> Matrix:
+            weights = [layer.weight.detach().to(dtype) for layer in layers]  # type: ignore[operator]
+            biases = [] if layers[0].bias is None else [layer.bias.detach().to(dtype) for layer in layers]  # type: ignore[operator]
+            return matrix(torch.cat(weights), torch.cat(biases) if biases else None, precision)
+
+        def norm(of: RMSNorm) -> Tensor:
+            return of.weight.detach().to(dtype)
 
         a, m = block.self_attn, block.mlp
-        return cls(*join(a.q_proj, a.k_proj, a.v_proj), *join(a.o_proj), *join(m.gate_proj, m.up_proj), *join(m.down_proj), block)
+        return cls(
+            norm(block.input_layernorm),
+            join(a.q_proj, a.k_proj, a.v_proj),
+            join(a.o_proj),
+            norm(block.post_attention_layernorm),
+            join(m.gate_proj, m.up_proj),
+            join(m.down_proj),
+            block,
+        )
 
 
 class Decoder:
@@ -47,25 +57,33 @@ class Decoder:
 
     Frozen blocks are fused once and kept; :meth:`refresh` takes the current weights of the others. Those that
     an ``other`` decoder has fused already are taken over.
+
+    Args:
+        precision: ``same`` as the model's, or ``int8`` (:class:`accord.rollout.matrices.Int8`; not the output matrix).
     """
 
-    def __init__(self, model: Transformer, other: Decoder | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, other: Decoder | None = None, precision: str = "same") -> None:
+        self.model, self.precision = model, precision
+        self.pieces = pieces_for(model.device, model.dtype)
         self._frozen: dict[int, FusedBlock] = {} if other is None else dict(other._frozen)
+        self._head: Matrix | None = None if other is None or other.model.output_matrix is not model.output_matrix else other._head
         self.refresh()
 
     def refresh(self) -> None:
         """Take over the model's current weights."""
+        dtype = self.model.dtype
         self.blocks = []
         for block in self.model.blocks:
             if any(p.requires_grad for p in block.parameters()):
-                self.blocks.append(FusedBlock.of(block, self.model.dtype))
+                self.blocks.append(FusedBlock.of(block, dtype, self.precision))
             else:
                 if id(block) not in self._frozen:
-                    self._frozen[id(block)] = FusedBlock.of(block, self.model.dtype)
+                    self._frozen[id(block)] = FusedBlock.of(block, dtype, self.precision)
                 self.blocks.append(self._frozen[id(block)])
-        self.norm = self.model.model.norm
-        self.matrix = self.model.output_matrix.detach().to(self.model.dtype)
+        self.matrix = self.model.output_matrix.detach().to(dtype)
+        if self._head is None or self.model.output_matrix.requires_grad:
+            self._head = matrix(self.matrix, None)
+        self.final_norm = self.model.model.norm.weight.detach().to(dtype)
 
     def allocate(self, rows: int, slots: int) -> None:
         c = self.model.config
@@ -77,6 +95,11 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Shrink the cache to these rows, in this order."""
         self.keys, self.values = self.keys[:, rows].contiguous(), self.values[:, rows].contiguous()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B,D) -> (B,V), not yet divided by a temperature."""
+        assert self._head is not None
+        return self._head(hidden)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, rows: Tensor, source: Tensor, split: int) -> tuple[Tensor, Tensor]:
         """Read whole prompts once and copy their keys and values to the rows that continue them.
@@ -91,70 +114,68 @@ class Decoder:
         """
         P, T = tokens.shape
         positions = self.slots[:T].expand(P, T)
-        mask = positions < lengths[:, None]
-        geometry = self.model.geometry(positions, mask)
-        x = self.model.model.embed_tokens(tokens).to(self.model.dtype)
-        trunk = x
-        for layer, fused in enumerate(self.blocks):
-            if layer == split:
-                trunk = x
-            cos, sin, bias = geometry.of(fused.block)
-            query, key, value = self._project(fused, x, cos, sin)
+        geometry = self.model.geometry(positions, positions < lengths[:, None])
+
+        def attention(layer: int, joined: Tensor) -> Tensor:
+            query, key, value = self._apart(self.blocks[layer].block, joined.view(P, T, -1), geometry)
             self.keys[layer, rows, :, :T] = key[source]
             self.values[layer, rows, :, :T] = value[source]
-            x = self._rest(fused, x, attend(query, key, value, bias))
-        if split == len(self.blocks):
-            trunk = x
-        last = x[torch.arange(P, device=x.device), lengths - 1]
-        return self.norm(last), trunk
+            _, _, bias = geometry.of(self.blocks[layer].block)
+            return attend(query, key, value, bias).view(P * T, -1)
+
+        hidden, trunk = self._layers(tokens.reshape(-1), split, attention)
+        last = torch.arange(P, device=tokens.device) * T + lengths - 1
+        return hidden[last], trunk.view(P, T, -1)
 
     def step(self, tokens: Tensor, positions: Tensor, split: int, longest: int) -> tuple[Tensor, Tensor]:
         """Read one token a row. tokens, positions (B,) -> final hidden (B,D), trunk activation (B,D).
 
-        ``longest`` is 1 + the largest position; keys beyond it are not looked at.
+        ``longest`` is 1 + the largest position, or more; keys beyond it are not looked at.
         """
-        at = torch.arange(len(tokens), device=tokens.device)
-        where = positions[:, None]
-        cos, sin = self.model.rotary_emb(where, self.model.dtype)
-        keys_at = self.slots[None, :longest].expand(len(tokens), -1)
-        exists = torch.ones_like(keys_at, dtype=torch.bool)
-        bias = attention_bias(where, keys_at, exists)
-        window = self.model.config.sliding_window
-        windowed = bias if window is None else attention_bias(where, keys_at, exists, window)
-        x = self.model.model.embed_tokens(tokens[:, None]).to(self.model.dtype)
-        trunk = x
+        c, window = self.model.config, self.model.config.sliding_window
+        cos, sin = self.model.rotary_emb(positions[:, None], self.model.dtype)
+        place = Place(positions, cos.reshape(len(tokens), -1), sin.reshape(len(tokens), -1), longest)
+
+        def attention(layer: int, joined: Tensor) -> Tensor:
+            block = self.blocks[layer].block
+            seen = window if block.windowed else None
+            cache = self.keys[layer], self.values[layer]
+            return self.pieces.attend(joined, *cache, place, c.num_attention_heads, block.self_attn.rotary, seen)
+
+        return self._layers(tokens, split, attention)
+
+    def _layers(self, tokens: Tensor, split: int, attention: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """All layers over N tokens. ``attention``: (layer, (N,(H+2G)d)) -> (N,H*d). Returns final hidden and trunk, (N,D)."""
+        pieces, eps = self.pieces, self.model.config.rms_norm_eps
+        x, change, trunk = self.model.model.embed_tokens(tokens).to(self.model.dtype), None, None
         for layer, fused in enumerate(self.blocks):
+            normed = pieces.add_norm(x, change, fused.input_norm, eps)
             if layer == split:
-                trunk = x
-            query, key, value = self._project(fused, x, cos, sin)
-            self.keys[layer, at, :, positions] = key[:, :, 0]
-            self.values[layer, at, :, positions] = value[:, :, 0]
-            seen = (self.keys[layer, :, :, :longest], self.values[layer, :, :, :longest])
-            x = self._rest(fused, x, attend(query, *seen, windowed if fused.block.windowed else bias))
-        if split == len(self.blocks):
-            trunk = x
-        return self.norm(x[:, 0]), trunk[:, 0]
+                trunk = x.clone()
+            joined = self._query_key_norm(fused.block, fused.qkv(normed))
+            change = fused.out(attention(layer, joined))
+            normed = pieces.add_norm(x, change, fused.rest_norm, eps)
+            change = fused.down(pieces.silu_mul(fused.gate_up(normed)))
+        hidden = pieces.add_norm(x, change, self.final_norm, eps)
+        return hidden, x if trunk is None else trunk
+
+    def _query_key_norm(self, block: Block, joined: Tensor) -> Tensor:
+        attention = block.self_attn
+        if not attention.qk_norm:
+            return joined
+        H, G = attention.heads, attention.groups
+        query, key, value = joined.view(len(joined), H + 2 * G, -1).split((H, G, G), dim=1)
+        return torch.cat((attention.q_norm(query), attention.k_norm(key), value), dim=1).view(len(joined), -1)
 
     @staticmethod
-    def _project(fused: FusedBlock, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attention = fused.block.self_attn
-        H, G, d = attention.heads, attention.groups, attention.head_dim
-        B, T, _ = x.shape
-        joined = F.linear(fused.block.input_layernorm(x), fused.qkv, fused.qkv_bias).view(B, T, H + 2 * G, d)
-        query_key, value = joined[:, :, : H + G], joined[:, :, H + G :].transpose(1, 2)
-        if attention.qk_norm:
-            query_key = torch.cat((attention.q_norm(query_key[:, :, :H]), attention.k_norm(query_key[:, :, H:])), dim=2)
-        query_key = query_key.transpose(1, 2)
-        if attention.rotary:
-            query_key = rotate(query_key, cos, sin)
-        return query_key[:, :H], query_key[:, H:], value
-
-    @staticmethod
-    def _rest(fused: FusedBlock, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + F.linear(attended, fused.out, fused.out_bias)
-        normed = fused.block.post_attention_layernorm(x)
-        gate, up = F.linear(normed, fused.gate_up, fused.gate_up_bias).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, fused.down, fused.down_bias)
+    def _apart(block: Block, joined: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,T,(H+2G)d) -> query (P,H,T,d), key and value (P,G,T,d), rotated."""
+        P, T, _ = joined.shape
+        H, G = block.self_attn.heads, block.self_attn.groups
+        query, key, value = joined.view(P, T, H + 2 * G, -1).transpose(1, 2).split((H, G, G), dim=1)
+        if block.self_attn.rotary:
+            query, key = rotate(query, geometry.cos, geometry.sin), rotate(key, geometry.cos, geometry.sin)
+        return query, key, value
 
 
 def cache_bytes(model: Transformer, rows: int, slots: int) -> int:

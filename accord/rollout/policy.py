@@ -55,9 +55,10 @@ class Policy:
     trunk_layers: int = 0
 
     @classmethod
-    def load(cls, name: str, dtype: str = "auto") -> Policy:
-        """Open a bundled model, a local folder or a Hugging Face id."""
-        loaded = load_model(name, resolve_dtype(dtype))
+    def load(cls, name: str, dtype: str = "auto", device: str | None = None) -> Policy:
+        """Open a bundled model, a local folder or a Hugging Face id. ``device``: a GPU if there is one, unless given."""
+        place = None if device is None else torch.device(device)
+        loaded = load_model(name, resolve_dtype(dtype, place), place)
         tokenizer = Tokenizer.load(loaded.folder)
         return cls(loaded.model, tokenizer, loaded.raw, name, loaded.model, trunk_layers=loaded.model.depth)
 

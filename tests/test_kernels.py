@@ -1,0 +1,173 @@
+"""The decoder's fast pieces against the plain ones, and against arithmetic that is neither."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from accord.nn import native
+from accord.rollout.matrices import Dense, Int8, Packed, matrix
+from accord.rollout.pieces import Native, Place, Plain, pieces_for
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+# One rounding of bf16 is 2^-9; sums in another order may fall on the other side of it.
+CLOSE = {torch.float32: dict(atol=2e-5, rtol=1e-5), torch.bfloat16: dict(atol=2**-7, rtol=2**-7)}
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def close(a, b):
+    torch.testing.assert_close(a.float(), b.float(), **CLOSE[a.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [(1, 8), (5, 33), (40, 576)])
+def test_norm(dtype, rows, width):
+    x, y = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
+    w = random(width, dtype=dtype, seed=2)
+    for change in (y, None):
+        mine, theirs = x.clone(), x.clone()
+        close(Native().add_norm(mine, change, w, 1e-5), Plain().add_norm(theirs, change, w, 1e-5))
+        assert torch.equal(mine, theirs)  # the sum is rounded once, so it is the same
+    x64 = x.double().numpy()
+    oracle = w.double().numpy() * x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5)
+    close(Native().add_norm(x.clone(), None, w, 1e-5), torch.from_numpy(oracle).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu(dtype):
+    both = random(7, 66, dtype=dtype, scale=4.0)
+    both[0, 0], both[0, 1], both[0, 2] = 100.0, -100.0, 0.0
+    close(Native().silu_mul(both), Plain().silu_mul(both))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, groups", [(9, 3), (4, 4), (4, 1)])
+@pytest.mark.parametrize("rotary, window", [(True, None), (False, None), (True, 5)])
+def test_attention_writes_and_reads_the_cache(dtype, heads, groups, rotary, window):
+    rows, d, slots = 5, 16, 24
+    joined = random(rows, (heads + 2 * groups) * d, dtype=dtype)
+    keys, values = (random(rows, groups, slots, d, dtype=dtype, seed=i) for i in (1, 2))
+    positions = torch.tensor([0, 3, 11, 22, 7])
+    angles = random(rows, d, seed=3)
+    place = Place(positions, angles.cos().to(dtype), angles.sin().to(dtype), 23)
+    results = []
+    for pieces in (Native(), Plain()):
+        cache = keys.clone(), values.clone()
+        results.append((pieces.attend(joined, *cache, place, heads, rotary, window), *cache))
+    for mine, theirs in zip(*results, strict=True):
+        close(mine, theirs)
+    untouched = torch.ones(rows, slots, dtype=torch.bool)
+    untouched[torch.arange(rows), positions] = False
+    for written, before in zip(results[0][1:], (keys, values), strict=True):
+        assert torch.equal(written.transpose(1, 2)[untouched], before.transpose(1, 2)[untouched])
+
+
+def test_attention_equals_the_formula():
+    """softmax(q K^T / sqrt(d)) V in float64, one row at a time."""
+    rows, heads, groups, d, slots = 3, 4, 2, 8, 6
+    joined = random(rows, (heads + 2 * groups) * d)
+    keys, values = (random(rows, groups, slots, d, seed=i) for i in (1, 2))
+    positions = torch.tensor([5, 0, 2])
+    nothing = torch.zeros(rows, d)
+    out = Native().attend(joined, keys, values, Place(positions, nothing + 1, nothing, 6), heads, True, None)
+    for row in range(rows):
+        for head in range(heads):
+            q = joined[row, head * d : (head + 1) * d].double().numpy()
+            k, v = (c[row, head // (heads // groups), : positions[row] + 1].double().numpy() for c in (keys, values))
+            p = np.exp(k @ q / np.sqrt(d))
+            np.testing.assert_allclose(out[row, head * d : (head + 1) * d], (p / p.sum()) @ v, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("width", [3, 700, 5000])
+def test_draw(dtype, temperature, width):
+    logits = random(64, width, dtype=dtype, scale=3.0)
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens, logprobs = Native().draw(logits, uniform, temperature)
+    z = logits.double().numpy() / (temperature or 1.0)
+    logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, logp[np.arange(64), tokens], rtol=1e-5, atol=1e-5)
+    if temperature == 0:
+        assert (logits.gather(-1, tokens[:, None])[:, 0] == logits.amax(-1)).all()
+        return
+    cumulative = np.exp(logp).cumsum(-1)
+    for row, (token, u) in enumerate(zip(tokens.tolist(), uniform.tolist(), strict=True)):
+        below = cumulative[row, token - 1] if token else 0.0
+        assert below - 1e-5 <= u <= cumulative[row, token] + 1e-5
+
+
+def test_draw_at_the_ends():
+    """What has no mass is never drawn, whatever the rounding; a row that is certain stays certain."""
+    logits = torch.full((3, 1000), -1e9)
+    logits[0, 17] = logits[1, 999] = logits[2, 0] = 0.0
+    almost_one = torch.tensor([np.nextafter(1.0, 0.0)] * 3, dtype=torch.float64)
+    mixed = torch.cat((random(3, 400, scale=2.0), torch.full((3, 1600), -1e9)), -1)
+    for seed in range(50):  # sums in another order: in some of these the last likely token's share is used up by rounding
+        tokens, logprobs = Native().draw(mixed + seed * 1e-3 * random(3, 2000, seed=seed), almost_one, 1.0)
+        assert int(tokens.max()) < 400
+        assert float(logprobs.min()) > -40
+    for uniform in (almost_one, torch.zeros(3, dtype=torch.float64)):
+        tokens, logprobs = Native().draw(logits, uniform, 1.0)
+        assert tokens.tolist() == [17, 999, 0]
+        assert logprobs.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_matrices(dtype, bias):
+    x, w = random(19, 64, dtype=dtype), random(48, 64, dtype=dtype, seed=1)
+    b = random(48, dtype=dtype, seed=2) if bias else None
+    exact = Dense(w, b)(x)
+    assert isinstance(matrix(w, b), Packed)
+    close(matrix(w, b)(x) / 8, exact / 8)
+    eight = matrix(w, b, "int8")
+    assert isinstance(eight, Int8)
+    # Each factor is rounded by at most half of its largest / 127; K = 64 such errors add up like noise.
+    error = (eight(x).double() - (x.double() @ w.double().t() + (0 if b is None else b.double()))).abs()
+    assert float(error.mean()) < 0.1
+    assert float(error.max()) < 0.5
+
+
+def test_int8_by_hand():
+    """Rows [127, 0] and [1, 2] times the weight [2, -1]: scales 2/127 for the weight, 1 and 2/127 for the rows."""
+    eight = Int8(torch.tensor([[2.0, -1.0]]), None)
+    assert eight.weight.t().tolist() == [[127, -64]]  # -63.5 to even
+    out = eight(torch.tensor([[127.0, 0.0], [1.0, 2.0]]))
+    s = 2 / 127
+    torch.testing.assert_close(out, torch.tensor([[127 * 127 * s], [(64 * 127 - 127 * 64) * s * s]]), rtol=1e-6, atol=1e-6)
+
+
+def test_int8_without_kernels_is_the_same(monkeypatch):
+    x, eight = random(9, 64), Int8(random(48, 64, seed=1), random(48, seed=2))
+    native_result = eight(x)
+    monkeypatch.setattr("accord.rollout.matrices.library", lambda: None)
+    torch.testing.assert_close(eight(x), native_result, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, capsys):
+    native.library.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    try:
+        assert isinstance(pieces_for(torch.device("cpu"), torch.bfloat16), Plain)
+        assert "No C++ compiler" in capsys.readouterr().out
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, capsys, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path))
+    try:
+        assert native.library() is None
+        assert "/bin/false could not compile" in capsys.readouterr().out.replace("\n", " ")
+        assert not list((tmp_path / "kernels").iterdir())  # nothing half made
+    finally:
+        native.library.cache_clear()
