@@ -80,7 +80,7 @@ def train_reward_model(
     reward = RewardModel.on(policy, settings.top_layers, settings.seed)
     sets = [_Encoded.of(reward, groups, label) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
     parameters = list(reward.scalar.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True)
     steps = epochs * math.ceil(len(train) / settings.prompts_per_step)
     losses: list[float] = []
     with bar("Reward model", steps) as progress:

@@ -32,7 +32,7 @@ class Optimizer:
         self._names = {name: list(parameters) for name, (parameters, _) in groups.items()}
         self._rates = [rate for _, rate in groups.values()]
         self._adam = torch.optim.AdamW(
-            [{"params": p} for p in self._groups.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8
+            [{"params": p} for p in self._groups.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True
         )
         self.skipped, self.in_a_row = 0, 0
 
@@ -92,9 +92,7 @@ class Optimizer:
         for group, parameters in self._groups.items():
             for name, parameter in zip(self._names[group], parameters, strict=True):
                 keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{group}/{name}/{k}" in state]
-                self._adam.state[parameter] = {
-                    k: state[f"{group}/{name}/{k}"].to("cpu" if k == "step" else parameter.device, copy=True) for k in keys
-                }
+                self._adam.state[parameter] = {k: state[f"{group}/{name}/{k}"].to(parameter.device, copy=True) for k in keys}
 
 
 def value_steps(critic: ScalarModel, optimizer: Optimizer, e: Experience, settings: RLSettings, step: int) -> dict[str, float]:
