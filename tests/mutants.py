@@ -72,9 +72,9 @@ MUTANTS = [
     ("rl/objective", "1 - error.var(correction=0) / target.var(correction=0)", "error.var(correction=0) / target.var(correction=0)", "explained variance upside down", MATH, "explained"),
     # Log-probabilities.
     ("nn/logprobs", "        logits = logits / temperature\n", "        pass\n", "temperature forgotten", MATH, "token_stats"),
-    ("nn/logprobs", "entropy.append(-(logp.exp() * logp).sum(-1))", "entropy.append(-logp.sum(-1))", "entropy without its weights", MATH, "token_stats"),
-    ("nn/logprobs", "dz = (dz * slope)", "dz = dz", "temperature forgotten in the gradient", MATH, "gradient_is_autograd"),
-    ("nn/logprobs", "ge[:, None] * (logp + e[:, None])", "ge[:, None] * logp", "entropy's gradient without the entropy", MATH, "gradient_is_autograd"),
+    ("nn/logprobs", "-(logp.exp() * logp).sum(-1))", "-logp.sum(-1))", "entropy without its weights", MATH, "token_stats"),
+    ("nn/logprobs", "return (dz * slope)", "return (dz)", "temperature forgotten in the gradient", MATH, "gradient_is_autograd"),
+    ("nn/logprobs", "b[:, None] * (logp + entropy))", "b[:, None] * logp)", "entropy's gradient without the entropy", MATH, "gradient_is_autograd"),
     ("nn/logprobs", "(P * (p - q - (P * (p - q))", "(P * (p - q + (P * (p - q))", "exact KL: sign in its gradient", ALG, "exact_kl"),
     ("nn/logprobs", "(q.exp() - P) * g", "(P - q.exp()) * g", "exact KL: sign of the other side's gradient", ALG, "exact_kl"),
     ("nn/logprobs", "probability.cumsum(-1) - probability < top_p", "probability.cumsum(-1) < top_p", "nucleus: the token that reaches the mass left out", ALG, "nucleus"),

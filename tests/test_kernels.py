@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from accord.nn import native
+from accord.nn.logprobs import slope_of, stats_of
 from accord.rollout.matrices import Dense, Int8, Packed, matrix
 from accord.rollout.pieces import Native, Place, Plain, pieces_for
 
@@ -116,6 +117,24 @@ def test_draw_at_the_ends():
         tokens, logprobs = Native().draw(logits, uniform, 1.0)
         assert tokens.tolist() == [17, 999, 0]
         assert logprobs.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_stats_and_slope(dtype):
+    """Against float64, over several blocks, with logits that have no mass and one row that is certain."""
+    logits = random(6, 3000, dtype=dtype, scale=3.0)
+    logits[1, :2990], logits[2, 5] = -1e9, 300.0
+    tokens, a, b = torch.tensor([0, 2995, 5, 7, 2999, 1500]), random(6, seed=1), random(6, seed=2)
+    z = (logits.double() / 0.7).requires_grad_()
+    logp = torch.log_softmax(z, -1)
+    picked, entropy = logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    (a * picked + b * entropy).sum().backward()
+    mine = stats_of(logits, tokens, 0.7)
+    torch.testing.assert_close(mine.logprobs.double(), picked.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.entropy.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
+    slope = slope_of(logits, tokens, 0.7, a, b)
+    assert slope.dtype == dtype
+    torch.testing.assert_close(slope.double(), z.grad / 0.7, rtol=CLOSE[dtype]["rtol"], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

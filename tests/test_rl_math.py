@@ -200,34 +200,36 @@ def test_explained_variance():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 9), temperature=st.sampled_from([0.5, 1.0, 1.7]))
-def test_token_stats_equal_the_oracle(seed, n, temperature):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernels, and by torch
+def test_token_stats_equal_the_oracle(seed, n, temperature, dtype):
     rng = np.random.default_rng(seed)
     hidden, matrix = rng.normal(size=(n, 5)), rng.normal(size=(13, 5))
     tokens = rng.integers(0, 13, size=n)
     logp = oracle.log_softmax(hidden @ matrix.T / temperature)
-    got = token_stats(
-        torch.tensor(hidden, dtype=torch.float32), torch.tensor(matrix, dtype=torch.float32), torch.tensor(tokens), temperature
-    )
+    got = token_stats(torch.tensor(hidden, dtype=dtype), torch.tensor(matrix, dtype=dtype), torch.tensor(tokens), temperature)
     np.testing.assert_allclose(got.logprobs, logp[np.arange(n), tokens], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_token_stats_gradient_is_autograd_s(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("matrix_trains", [True, False])
+@pytest.mark.parametrize("entropic", [True, False])
+def test_token_stats_gradient_is_autograd_s(monkeypatch, dtype, matrix_trains, entropic):
     """The hand-written backward pass, over several chunks, against differentiating the plain formula."""
     monkeypatch.setattr("accord.nn.logprobs.CHUNK", 3)
     g = torch.Generator().manual_seed(0)
-    hidden, matrix = torch.randn(8, 5, generator=g), torch.randn(13, 5, generator=g)
-    tokens, weights = torch.randint(0, 13, (8,), generator=g), torch.randn(2, 8, generator=g)
+    hidden, matrix = torch.randn(8, 5, generator=g, dtype=dtype), torch.randn(13, 5, generator=g, dtype=dtype)
+    tokens, weights = torch.randint(0, 13, (8,), generator=g), torch.randn(2, 8, generator=g, dtype=dtype)
     grads = []
     for plain in (True, False):
-        h, w = hidden.clone().requires_grad_(), matrix.clone().requires_grad_()
+        h, w = hidden.clone().requires_grad_(), matrix.clone().requires_grad_(matrix_trains)
         if plain:
             logp = torch.log_softmax(h @ w.t() / 0.7, -1)
             picked, entropy = logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
         else:
-            picked, entropy = token_stats(h, w, tokens, 0.7)
-        ((picked * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
-        grads.append((h.grad, w.grad))
+            picked, entropy = token_stats(h, w, tokens, 0.7, entropic=entropic)
+        ((picked * weights[0]).sum() + ((entropy * weights[1]).sum() if entropic else 0)).backward()
+        grads.append((h.grad, w.grad) if matrix_trains else (h.grad,))
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,6 @@
-// The work of a decoding step between its matrix products, each kernel one pass over memory.
+// What stands between the matrix products, in sampling and in training: each kernel is one pass over memory, or two.
 //
-// Plain loops that a compiler vectorises. accord/nn/pieces.py holds the same arithmetic in torch, which is the
+// Plain loops that a compiler vectorises. The same arithmetic stands in torch where a kernel is called, and is the
 // reference: results are rounded to the activations' type where torch rounds them, and tests hold the two together.
 // Every array is contiguous unless a stride is given. T is float or bf16.
 
@@ -224,6 +224,67 @@ void draw(const T* logits, const double* uniform, float temperature, int64_t* to
     }
 }
 
+// A row's softmax in numbers: its largest logit, log sum_i e^(x_i) and entropy, with x = (logit - largest) / temperature.
+struct Softmax {
+    float most, log_total, entropy;
+};
+template <class T>
+inline Softmax softmax(const T* z, float inverse, int64_t width) {
+    float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < width; ++i) most = std::max(most, get(z[i]));
+    double total = 0, mean = 0;
+    constexpr int64_t BLOCK = 1024;  // sums in float, a block at a time
+    for (int64_t start = 0; start < width; start += BLOCK) {
+        const int64_t end = std::min(width, start + BLOCK);
+        float sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+        for (int64_t i = start; i < end; ++i) {
+            float x = (get(z[i]) - most) * inverse, p = exponential(x);
+            sum += p;
+            weighted += p * std::max(x, -1e4f);  // e^x is 0 there, and 0 times infinity is not
+        }
+        total += sum;
+        mean += weighted;
+    }
+    const double log_total = std::log(total);
+    return {most, float(log_total), float(log_total - mean / total)};
+}
+
+// log softmax(logits / temperature) at each row's token, and the entropy of the row.   logits (rows, width)
+template <class T>
+void token_stats(const T* logits, const int64_t* tokens, float temperature, float* logprobs, float* entropy, int64_t rows, int64_t width) {
+    const float inverse = 1.0f / temperature;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* z = logits + r * width;
+        const Softmax s = softmax(z, inverse, width);
+        logprobs[r] = (get(z[tokens[r]]) - s.most) * inverse - s.log_total;
+        entropy[r] = s.entropy;
+    }
+}
+
+// d (a * logprob + b * entropy) / d logits: (a (onehot - p) - b p (log p + entropy)) / temperature.   a, b (rows)
+template <class T>
+void token_slope(const T* logits, const int64_t* tokens, float temperature, const float* a, const float* b, T* out, int64_t rows,
+                 int64_t width) {
+    const float inverse = 1.0f / temperature;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* z = logits + r * width;
+        T* to = out + r * width;
+        const Softmax s = softmax(z, inverse, width);
+        const int64_t token = tokens[r];
+        const float logprob = (get(z[token]) - s.most) * inverse - s.log_total;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            float x = (get(z[i]) - s.most) * inverse - s.log_total;
+            put(to + i, -exponential(x) * (a[r] + b[r] * (std::max(x, -1e4f) + s.entropy)) * inverse);
+        }
+        put(to + token, (a[r] - exponential(logprob) * (a[r] + b[r] * (logprob + s.entropy))) * inverse);
+    }
+}
+
 // Eight bits a number, one scale a row: x ~ scale * out.   x, out (rows, width); scales (rows)
 template <class T>
 void quantize(const T* x, int8_t* out, float* scales, int64_t rows, int64_t width) {
@@ -273,6 +334,14 @@ void dequantize(const int32_t* product, const float* row, const float* column, c
     extern "C" void draw_##NAME(const T* logits, const double* uniform, float temperature, int64_t* tokens, float* logprobs,       \
                                 int64_t rows, int64_t width) {                                                                     \
         draw(logits, uniform, temperature, tokens, logprobs, rows, width);                                                         \
+    }                                                                                                                              \
+    extern "C" void token_stats_##NAME(const T* logits, const int64_t* tokens, float temperature, float* logprobs, float* entropy,    \
+                                       int64_t rows, int64_t width) {                                                              \
+        token_stats(logits, tokens, temperature, logprobs, entropy, rows, width);                                                  \
+    }                                                                                                                              \
+    extern "C" void token_slope_##NAME(const T* logits, const int64_t* tokens, float temperature, const float* a, const float* b,  \
+                                       T* out, int64_t rows, int64_t width) {                                                      \
+        token_slope(logits, tokens, temperature, a, b, out, rows, width);                                                          \
     }                                                                                                                              \
     extern "C" void quantize_##NAME(const T* x, int8_t* out, float* scales, int64_t rows, int64_t width) {                         \
         quantize(x, out, scales, rows, width);                                                                                     \

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from accord.nn.native import call, serves
+
 EXCLUDED = -1e9  # a logit of no probability that is still a number
 CHUNK = 256  # positions at a time: 256 x 49,152 logits in fp32 are 48 MiB
 
@@ -134,46 +136,79 @@ def log_softmax_of(logits: Tensor, temperature: float, processor: LogitsProcesso
     return torch.log_softmax(logits, dim=-1)
 
 
-class _TokenStats(torch.autograd.Function):
-    """Saves only hidden states; the backward pass computes each chunk of logits again.
+def stats_of(logits: Tensor, tokens: Tensor, temperature: float, processor: LogitsProcessor | None = None) -> TokenStats:
+    """Log-probability of each row's token and entropy of the row. logits (N,V), tokens (N,)."""
+    if processor is None and serves(logits):
+        out = TokenStats(torch.empty(len(tokens)), torch.empty(len(tokens)))
+        call("token_stats", logits, logits.contiguous(), tokens.contiguous(), temperature, *out, *logits.shape)
+        return out
+    logp = log_softmax_of(logits, temperature, processor, tokens)
+    return TokenStats(logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1))
 
-    With p = softmax(z), z = hidden @ matrix.T / temperature, entropy H = -sum p log p:
-    d logp_a / dz = onehot(a) - p,   dH / dz = -p * (log p + H).
+
+def slope_of(logits: Tensor, tokens: Tensor, temperature: float, a: Tensor, b: Tensor, processor: LogitsProcessor | None = None) -> Tensor:
+    """d (a * log p(token) + b * entropy) / d logits, (N,V) in the logits' dtype. a, b (N,) fp32.
+
+    With p = softmax(z), z = logits / T: d logp_t / dz = onehot(t) - p, and dH / dz = -p * (log p + H).
+    """
+    if processor is None and serves(logits):
+        out, logits = torch.empty_like(logits), logits.contiguous()
+        call("token_slope", logits, logits, tokens.contiguous(), temperature, a.contiguous(), b.contiguous(), out, *logits.shape)
+        return out
+    logp = log_softmax_of(logits, temperature, processor, tokens)
+    p = logp.exp()
+    entropy = -(p * logp).sum(-1, keepdim=True)
+    dz = p * (-a[:, None] - b[:, None] * (logp + entropy))
+    dz.scatter_add_(-1, tokens[:, None], a[:, None].to(dz.dtype))
+    slope = (1.0 if processor is None else processor.slope) / temperature
+    return (dz * slope).to(logits.dtype)
+
+
+class _TokenStats(torch.autograd.Function):
+    """Never holds more than a chunk of logits.
+
+    How a row's log-probability and entropy change with its hidden state depends on nothing that comes back, so where the
+    output matrix does not train that is computed while the logits are at hand, and the backward pass has no product
+    with the vocabulary. Where it trains, the backward pass computes each chunk of logits again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float, processor: LogitsProcessor | None
+        ctx: Any, hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float, processor: LogitsProcessor | None, entropic: bool
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = [], []
-        for h, a, piece in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(processor, len(tokens)), strict=True):
-            logp = log_softmax_logits(h, matrix, temperature, piece, a)
-            logprobs.append(logp.gather(-1, a[:, None])[:, 0])
-            entropy.append(-(logp.exp() * logp).sum(-1))
-        out = torch.cat(logprobs), torch.cat(entropy)
-        ctx.save_for_backward(hidden, matrix, tokens, out[1])
-        ctx.temperature, ctx.processor = temperature, processor
-        return out
+        weights = matrix.to(hidden.dtype)
+        early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        parts, slopes = [], [[], []] if entropic else [[]]  # type: ignore[var-annotated]
+        one, none = torch.ones(CHUNK, device=hidden.device), torch.zeros(CHUNK, device=hidden.device)
+        for h, t, piece in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(processor, len(tokens)), strict=True):
+            logits = h @ weights.t()
+            parts.append(stats_of(logits, t, temperature, piece))
+            if early:
+                for kept, (a, b) in zip(slopes, ((one, none), (none, one)), strict=False):
+                    kept.append(slope_of(logits, t, temperature, a[: len(t)], b[: len(t)], piece) @ weights)
+        logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.early, ctx.temperature, ctx.processor, ctx.entropic = early, temperature, processor, entropic
+        ctx.save_for_backward(*(torch.cat(kept) for kept in slopes)) if early else ctx.save_for_backward(hidden, matrix, tokens)
+        if not entropic:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, matrix, tokens, entropy = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.early:
+            pairs = zip(ctx.saved_tensors, grads, strict=False)
+            return sum(slope * g[:, None].to(slope.dtype) for slope, g in pairs), None, None, None, None, None  # type: ignore[return-value]
+        hidden, matrix, tokens = ctx.saved_tensors
         weights = matrix.to(hidden.dtype)
         grad_hidden, grad_matrix = [], torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        with_entropy = bool(grad_entropy.any())
-        slope = (1.0 if ctx.processor is None else ctx.processor.slope) / ctx.temperature
-        pieces = (t.split(CHUNK) for t in (hidden, tokens, entropy, grad_logprobs, grad_entropy))
-        for h, a, e, g, ge, piece in zip(*pieces, _pieces(ctx.processor, len(tokens)), strict=True):
-            logp = log_softmax_logits(h, matrix, ctx.temperature, piece, a)
-            p = logp.exp()
-            dz = p * (-g[:, None] - ge[:, None] * (logp + e[:, None])) if with_entropy else p.mul_(-g[:, None])
-            dz.scatter_add_(-1, a[:, None], g[:, None])
-            dz = (dz * slope).to(hidden.dtype)
+        back = (grads[0], grads[1] if ctx.entropic else torch.zeros_like(grads[0]))
+        pieces = (t.split(CHUNK) for t in (hidden, tokens, *back))
+        for h, t, a, b, piece in zip(*pieces, _pieces(ctx.processor, len(tokens)), strict=True):
+            dz = slope_of(h @ weights.t(), t, ctx.temperature, a, b, piece)
             grad_hidden.append(dz @ weights)
             if grad_matrix is not None:
                 grad_matrix += (dz.t() @ h).to(matrix.dtype)
-        return torch.cat(grad_hidden), grad_matrix, None, None, None
+        return torch.cat(grad_hidden), grad_matrix, None, None, None, None
 
 
 def _pieces(processor: LogitsProcessor | None, positions: int) -> Sequence[LogitsProcessor | None]:
@@ -181,7 +216,12 @@ def _pieces(processor: LogitsProcessor | None, positions: int) -> Sequence[Logit
 
 
 def token_stats(
-    hidden: Tensor, matrix: Tensor, tokens: Tensor, temperature: float = 1.0, processor: LogitsProcessor | None = None
+    hidden: Tensor,
+    matrix: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    processor: LogitsProcessor | None = None,
+    entropic: bool = True,
 ) -> TokenStats:
     """Log-probability of ``tokens`` and entropy of the distribution they were drawn from.
 
@@ -191,13 +231,14 @@ def token_stats(
         tokens: (N,) int64, the tokens chosen.
         temperature: the sampling temperature; logits are divided by it.
         processor: what makes another distribution of the logits; its own states get no gradient.
+        entropic: whether the entropy is differentiated too; without, its gradient is not computed.
 
     Differentiable in ``hidden`` and ``matrix``; memory does not depend on N x V.
     """
     if not len(tokens):
         empty = hidden.new_zeros(0, dtype=torch.float32)
         return TokenStats(empty, empty)
-    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature, processor))
+    return TokenStats(*_TokenStats.apply(hidden, matrix, tokens, temperature, processor, entropic))
 
 
 class _ExactKL(torch.autograd.Function):

@@ -30,6 +30,8 @@ ARGUMENTS = {
     "silu_mul": (P, P, N, N),
     "attend": (P, P, P, P, P, P, P, N, N, N, N, N, N),
     "draw": (P, P, F, P, P, N, N),
+    "token_stats": (P, P, F, P, P, N, N),
+    "token_slope": (P, P, F, P, P, P, N, N),
     "quantize": (P, P, P, N, N),
     "dequantize": (P, P, P, P, P, N, N),
 }
@@ -82,6 +84,11 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels work on this tensor: on a CPU, in float32 or bfloat16."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and library() is not None
 
 
 def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accord.nn.logprobs import log_softmax_of
-from accord.nn.native import DTYPES, call, library
+from accord.nn.native import call, serves
 from accord.nn.transformer import attend, attention_bias, rotate
 from accord.rollout.sampling import draw
 
@@ -117,5 +117,4 @@ class Native:
 
 def pieces_for(device: torch.device, dtype: torch.dtype) -> Pieces:
     """The fastest set for this device and dtype."""
-    native = device.type == "cpu" and dtype in DTYPES and library() is not None
-    return Native() if native else Plain()
+    return Native() if serves(torch.empty(0, dtype=dtype, device=device)) else Plain()

@@ -48,12 +48,19 @@ def spread(values: Tensor, rollout: Rollout) -> Tensor:
     return torch.zeros(chosen.shape, device=chosen.device, dtype=values.dtype).masked_scatter(chosen, values)
 
 
-def score_states(model: Model, rollout: Rollout, states: Tensor, temperature: float, processor: LogitsProcessor | None = None) -> Scored:
-    """Log-probability and entropy at every response token, of the distribution before it. Differentiable.
+def score_states(
+    model: Model,
+    rollout: Rollout,
+    states: Tensor,
+    temperature: float,
+    processor: LogitsProcessor | None = None,
+    entropic: bool = True,
+) -> Scored:
+    """Log-probability and entropy at every response token, of the distribution before it. Differentiable; the entropy if ``entropic``.
 
     ``temperature`` is the one the tokens were sampled at: the policy *is* the tempered distribution.
     """
-    stats = token_stats(states, model.output_matrix, rollout.tokens[rollout.response_mask], temperature, processor)
+    stats = token_stats(states, model.output_matrix, rollout.tokens[rollout.response_mask], temperature, processor, entropic)
     return Scored(spread(stats.logprobs, rollout), spread(stats.entropy, rollout))
 
 

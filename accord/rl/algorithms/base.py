@@ -64,7 +64,7 @@ class Algorithm:
         s, mask = self.settings, rows.mask
         states = states_of(policy.model, rows.rollout, policy.split)
         processor = None if rows.guide is None else processor_of(rows.guide, rows.rollout)
-        scored = score_states(policy.model, rows.rollout, states, s.temperature, processor)
+        scored = score_states(policy.model, rows.rollout, states, s.temperature, processor, s.entropy_coef != 0)
         surrogate, stats = self.surrogate(scored, rows, count)
         entropy = entropy_bonus(scored.entropy, mask, count)
         terms = {"surrogate": surrogate, "entropy": s.entropy_coef * entropy}

@@ -1,0 +1,73 @@
+"""accord's side: one measurement a process (bench/compare.py starts it)."""
+
+import statistics
+from types import SimpleNamespace
+
+import work
+
+from accord.data.records import Completion, PairGroup, Prompt
+from accord.reward.model import RewardModel
+from accord.reward.settings import RewardSettings
+from accord.reward.sources import build_reward
+from accord.reward.training import train_reward_model
+from accord.rl.settings import RLSettings
+from accord.rl.trainer import train
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+from accord.rollout.sampling import Sampling
+
+
+def load(task):
+    """The model; its prompts are encoded as they are, and no token ends a completion: every side does the same work."""
+    policy = Policy.load(task["model"], "bfloat16")
+    policy.tokenizer.encode_prompt = lambda text: work.encode(policy.tokenizer.inner, text)
+    policy.tokenizer.eos_ids = (-1,)
+    return policy
+
+
+def prompts(count):
+    return [Prompt(f"p{i}", text) for i, text in enumerate(work.texts(count))]
+
+
+def decode(task):
+    policy = load(task)
+    out = {}
+    for rows in task["rows"]:
+        engine, given = Engine(policy, rows, task.get("weights", "same")), prompts(rows)
+        out[str(rows)] = work.a_step(lambda new, e=engine, g=given: e.sample(g, 1, Sampling(1.0, max_new_tokens=new)))
+    work.report(seconds=out)
+
+
+def iteration(task):
+    """Training iterations after one to warm up: each rollout, scoring and every update."""
+    policy, settings = load(task), RLSettings(max_new_tokens=work.RESPONSE, truncation="nothing", temperature=1.0, max_steps=1 + task["steps"],
+                                              checkpoint_every=1000, warmup_steps=0, kl_warn=1e9, **task["settings"])  # fmt: skip
+    if task.get("reward_layers"):
+        reward = build_reward(RewardModel.on(policy, task["reward_layers"]), policy)
+    else:
+        reward = build_reward(lambda prompts, completions: [len(c) / 100 for c in completions], policy)
+    steps = []
+    run = SimpleNamespace(log=lambda step, stats, rows: steps.append(stats), save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+    train(policy, prompts(settings.prompts_per_step), reward, settings, run)
+    steps = [s for s in steps if "score" in s][1:]
+    assert all(s["length"] == work.RESPONSE for s in steps)
+    parts = {name: statistics.median(s[f"seconds/{name}"] for s in steps) for name in ("rollout", "score", "update")}
+    work.report(seconds=sum(parts.values()), parts=parts)
+
+
+def reward(task):
+    """One epoch of reward training, from text to trained weights."""
+    policy = load(task)
+
+    def group(i, prompt, *answers):
+        both = [Completion(Prompt(f"p{i}", prompt), a, True, k, tuple(work.encode(policy.tokenizer.inner, a))) for k, a in enumerate(answers)]
+        return PairGroup(both[0].prompt, tuple(both), ((0, 1, 1.0),))
+
+    groups = [group(i, *p) for i, p in enumerate(work.pairs(task["pairs"]))]
+    settings = RewardSettings(top_layers=task["layers"], epochs=1, prompts_per_step=task["batch"])
+    work.report(seconds=work.clock(lambda: train_reward_model(policy, groups, groups[:1], settings)))
+
+
+if __name__ == "__main__":
+    task = work.task()
+    {"decode": decode, "iteration": iteration, "reward": reward}[task["what"]](task)

@@ -1,0 +1,31 @@
+"""TRL's RewardTrainer: one epoch over the pairs, every weight trained, in bf16."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import trl
+import work
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+task = work.task()
+tokenizer = AutoTokenizer.from_pretrained(task["model"])
+model = AutoModelForSequenceClassification.from_pretrained(task["model"], num_labels=1, dtype=torch.bfloat16)
+prompts, chosen, rejected = zip(*work.pairs(task["pairs"]), strict=True)
+
+
+def run():
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.RewardConfig(
+            output_dir=folder, per_device_train_batch_size=task["batch"], num_train_epochs=1, gradient_checkpointing=False, bf16=False,
+            use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, max_length=128,
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": list(prompts), "chosen": list(chosen), "rejected": list(rejected)})
+        trl.RewardTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer).train()
+
+
+work.report(seconds=work.clock(run))
