@@ -21,7 +21,8 @@ from accord.evaluation.report import write_report
 from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
 from accord.nn.transformer import Transformer
-from accord.progress import bar, safe_point
+from accord.plan import Plan, plan_for_rl
+from accord.progress import bar, console, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, build_reward
@@ -290,8 +291,12 @@ class Prepared:
     logged: Sequence[Logged] = ()
 
 
-def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
-    """Open what a run's ``config.yaml`` names: model, prompts or environment, reward."""
+def prepare_rl(config: dict[str, Any], where: str, planned: bool = False) -> Prepared:
+    """Open what a run's ``config.yaml`` names: model, prompts or environment, reward.
+
+    Args:
+        planned: print what the run will need, and refuse it if it cannot fit, before the model is read.
+    """
     world = make_environment(config["environment"]) if config.get("environment") else None
     offline = bool(config.get("completions") or config.get("rankings"))
     needed = ("model", "rl") if world is not None or offline else ("model", "prompts", "reward", "rl")
@@ -313,11 +318,39 @@ def prepare_rl(config: dict[str, Any], where: str) -> Prepared:
         validation = world.prompts()
     else:
         prompts, validation = split_validation(prompts, settings.prompts_per_step)
+    if planned and config["model"] == scratch.NAME:  # a megabyte, and its pace is the environment's
+        console.print(f"[dim]{settings.arithmetic()}[/]", soft_wrap=True)
+    elif planned:
+        untimed = world is not None or offline
+        announce(settings, plan_for_rl(config["model"], settings, [*prompts, *validation], config.get("reward") or [], untimed))
     policy = load_start(config["model"], settings.dtype, world)
     settings = for_model(settings, policy)
     check_start(policy, prompts, validation, settings, world, logged)
     reward = judge(config.get("reward"), policy, settings, world, logged)
     return Prepared(settings, policy, prompts, validation, reward, world, logged)
+
+
+def plan_rl_run(config: dict[str, Any], where: str) -> tuple[RLSettings, Plan | None]:
+    """Settings and plan of a run of ``accord rl`` with prompts, of what its ``config.yaml`` says."""
+    if config.get("environment") or config.get("completions"):
+        raise UserError(f"{where} is of an environment or of a log: accord rl prints its memory when it starts; its time only a try tells.")
+    settings = build(RLSettings, config["rl"], where)
+    prompts = start_prompts(None, config.get("prompts"), settings)
+    return settings, plan_for_rl(config["model"], settings, prompts, config.get("reward") or [])
+
+
+def announce(settings: RLSettings, plan: Plan | None) -> None:
+    """Print the batch sizes and what the run will need.
+
+    Raises:
+        UserError: it needs more memory than there is.
+    """
+    console.print(f"[dim]{settings.arithmetic()}[/]", soft_wrap=True)
+    if plan is None:
+        console.print("[dim]accord does not compute this model itself, so it cannot tell beforehand what it will need.[/]", soft_wrap=True)
+        return
+    plan.show()
+    plan.check()
 
 
 def for_model(settings: RLSettings, policy: Policy) -> RLSettings:

@@ -82,6 +82,17 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     run.add_argument("--seed", type=int, help="luck of every stage [the recipe's]")
     run.add_argument("--show", action="store_true", help="print the recipe with all its settings and stop")
 
+    plan = command(
+        "plan",
+        do_plan,
+        "What a run would need here: memory by part, tokens and time by stage. No weight is read; the pace is measured for some seconds.",
+        "accord plan demo",
+    )
+    plan.add_argument("config", help="a recipe (demo, or a YAML file), a run folder's config.yaml, or a YAML file of accord rl's settings")
+    plan.add_argument("--model", default=BUNDLED, help="with settings of accord rl: " + MODEL_HELP)
+    plan.add_argument("--prompts", help="with settings of accord rl: its prompts")
+    plan.add_argument("--reward", action="append", metavar="[WEIGHT*]SPEC", help="with settings of accord rl: its reward, if it is a model")
+
     resume = command("resume", do_resume, "Go on with a run that was stopped, from the last thing it finished.", "accord resume runs/demo")
     resume.add_argument("run", type=Path, help="run folder")
 
@@ -213,13 +224,25 @@ def do_run(arguments: argparse.Namespace) -> None:
     if arguments.show:
         print(yaml.safe_dump(recipe.model_dump(), sort_keys=False), end="")
         return
-    from accord.estimate import print_estimate
     from accord.pipeline import start
 
     arguments.out = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    pipeline = start(recipe, arguments.out)
-    print_estimate(pipeline.policy, recipe)
-    pipeline.go()
+    start(recipe, arguments.out).go()
+
+
+def do_plan(arguments: argparse.Namespace) -> None:
+    from accord.api import announce, plan_rl_run
+    from accord.pipeline import plan_run
+
+    path = Path(arguments.config)
+    values = load_yaml(recipe_text(str(path / "config.yaml" if path.is_dir() else path)), arguments.config)
+    if values and values.keys() <= RLSettings.model_fields.keys():  # settings of accord rl
+        values = {"command": "rl", "model": arguments.model, "prompts": arguments.prompts, "reward": arguments.reward, "rl": values}
+    if values.get("command") == "rl":
+        announce(*plan_rl_run(values, arguments.config))
+    else:
+        recipe = values["recipe"] if values.get("command") == "run" else values
+        announce(*plan_run(build(Recipe, recipe, arguments.config)))
 
 
 def do_resume(arguments: argparse.Namespace) -> None:
@@ -296,9 +319,8 @@ def do_rl(arguments: argparse.Namespace) -> None:
                     f"accord rl needs --{name} (or --environment, which brings prompts and a reward; or, offline, --completions). See accord rl --help."
                 )
     refuse_existing(arguments.out)
-    prepared = prepare_rl(config, "accord rl")
+    prepared = prepare_rl(config, "accord rl", planned=True)
     config["rl"] = prepared.settings.model_dump()  # as they are used
-    console.print(f"[dim]{prepared.settings.arithmetic()}[/]", soft_wrap=True)
     finish_rl(Run.create(arguments.out, config), prepared)
     _after_rl(arguments.out, config["environment"])
 

@@ -11,9 +11,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from accord.api import announce, prepare_rl, run_rl, sample_to
 from accord.api import evaluate as compare_policies
-from accord.api import prepare_rl, run_rl, sample_to
-from accord.config import Recipe, build
+from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs
 from accord.data.records import SPLITS, Prompt, split_of
 from accord.data.sources import read_completions, read_prompts, read_rankings, write_jsonl
@@ -22,6 +22,7 @@ from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
 from accord.feedback.panel import simulated_panel
+from accord.plan import Plan, plan_for_recipe
 from accord.progress import console, safe_point
 from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
@@ -103,11 +104,7 @@ class Pipeline:
     # Stages. Each reads what the ones before it wrote, so that a resumed run does the same.
 
     def prompts(self) -> Done:
-        if self.recipe.prompts == "bundled":
-            with as_file(files("accord.recipes") / "prompts.jsonl") as path:
-                prompts = read_prompts(path)
-        else:
-            prompts = read_prompts(self.recipe.prompts)
+        prompts = recipe_prompts(self.recipe)
         rows = [{**p.to_json(), "split": split_of(p.id)} for p in prompts]
         write_jsonl(self.run.folder / "prompts.jsonl", rows)
         sizes = {name: sum(row["split"] == name for row in rows) for name in SPLITS}
@@ -216,6 +213,19 @@ class Pipeline:
         console.print(f"Model:  {self.run.folder / 'policy'}   (try: accord chat --model {self.run.folder / 'policy'})", soft_wrap=True)
 
 
+def plan_run(recipe: Recipe) -> tuple[RLSettings, Plan | None]:
+    """What ``accord run`` will need, and the settings whose arithmetic goes with it."""
+    return recipe.rl, plan_for_recipe(recipe, recipe_prompts(recipe))
+
+
+def recipe_prompts(recipe: Recipe) -> list[Prompt]:
+    """The prompts a recipe names; ``bundled`` are accord's own."""
+    if recipe.prompts != "bundled":
+        return read_prompts(recipe.prompts)
+    with as_file(files("accord.recipes") / "prompts.jsonl") as path:
+        return read_prompts(path)
+
+
 def save_comparison(folder: Path, comparison: Comparison) -> None:
     """``evaluation.json``, every evaluated completion, and the first twelve prompts by id for the report."""
     samples = [[m.to_json() for m in pair] for pair in first_by_id(comparison)]
@@ -225,8 +235,13 @@ def save_comparison(folder: Path, comparison: Comparison) -> None:
 
 
 def start(recipe: Recipe, out: str | Path) -> Pipeline:
-    """A new run of a recipe; the model is opened first, so that a wrong name leaves no folder behind."""
+    """A new run of a recipe, after what it will need is printed. The model is opened first: a wrong name leaves no folder.
+
+    Raises:
+        UserError: it needs more memory than there is.
+    """
     refuse_existing(Path(out))
+    announce(*plan_run(recipe))
     policy = Policy.load(recipe.model, recipe.rl.dtype)
     return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)
 

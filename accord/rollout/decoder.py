@@ -92,6 +92,13 @@ class Decoder:
         self.values = torch.zeros_like(self.keys)
         self.slots = torch.arange(slots, device=self.model.device)
 
+    def release(self) -> None:
+        """Give back the cache and the copies of weights that train; until the next :meth:`refresh` nothing is decoded."""
+        self.keys = self.values = torch.empty(0)
+        self.blocks = []
+        if self.model.output_matrix.requires_grad:
+            self._head = None
+
     def keep(self, rows: Tensor) -> None:
         """Shrink the cache to these rows, in this order."""
         self.keys, self.values = self.keys[:, rows].contiguous(), self.values[:, rows].contiguous()

@@ -119,7 +119,7 @@ class Decoding:
             if self.queue and (4 * free >= rows or free == rows):
                 self._fill((~busy).nonzero()[:, 0])
             elif free == rows:
-                return
+                break
             elif 4 * free >= rows and not on_gpu:  # nothing left to fill them with
                 self._shrink(busy.nonzero()[:, 0])
                 rows -= free
@@ -133,6 +133,9 @@ class Decoding:
             total, now_left = int(self.out.counts.sum()), len(self.queue) + int((self.job < N).sum())
             report(left - now_left, total - written)
             written, left = total, now_left
+        self.graphs.clear()
+        for decoder in self.decoders:
+            decoder.release()
 
     @torch.no_grad()
     def step(self, longest: int) -> None:
