@@ -327,6 +327,16 @@ def test_nucleus_is_the_smallest_set():
     assert nucleus_set(logp, 1.0).all()
 
 
+def test_nucleus_among_the_likeliest_first(monkeypatch):
+    """Rows whose set is larger than what is looked at first, and rows whose set is not."""
+    monkeypatch.setattr("accord.nn.logprobs.LIKELIEST", 4)
+    logp = torch.log_softmax(4 * torch.rand(6, 1, generator=torch.Generator().manual_seed(0)) * torch.randn(6, 40), -1)
+    got = nucleus_set(logp, 0.8)
+    assert 1 in got.sum(-1) or int(got.sum(-1).min()) < 4 < int(got.sum(-1).max())
+    for row, inside in zip(logp.exp().double().numpy(), got.numpy(), strict=True):
+        assert np.array_equal(inside, oracle.nucleus(np.log(row), 0.8))
+
+
 def test_token_stats_in_a_nucleus(monkeypatch):
     """Values and gradient of the restricted distribution, in chunks, against plain autograd."""
     monkeypatch.setattr("accord.nn.logprobs.CHUNK", 3)

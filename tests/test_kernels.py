@@ -1,12 +1,13 @@
 """The decoder's fast pieces against the plain ones, and against arithmetic that is neither."""
 
+import contextlib
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from accord.nn import native
+from accord.nn import fused, native
 from accord.nn.logprobs import slope_of, stats_of
 from accord.rollout.matrices import Dense, Int8, Packed, matrix
 from accord.rollout.pieces import Native, Place, Plain, pieces_for
@@ -82,6 +83,54 @@ def test_attention_equals_the_formula():
             k, v = (c[row, head // (heads // groups), : positions[row] + 1].double().numpy() for c in (keys, values))
             p = np.exp(k @ q / np.sqrt(d))
             np.testing.assert_allclose(out[row, head * d : (head + 1) * d], (p / p.sum()) @ v, rtol=1e-5, atol=1e-6)
+
+
+def angles_of(rows, tokens, d):
+    half = random(rows, 1, tokens, d // 2, seed=9)
+    both = torch.cat((half, half), -1)
+    return both.cos(), both.sin()
+
+
+OPERATIONS = {
+    "norm": (lambda x, y: fused.rms_norm(x, y[0, 0, 0], 1e-5), (2, 5, 3, 34), torch.float32),
+    "silu": (lambda x, y: fused.silu_mul(x, y), (2, 5, 3, 34), None),
+    "rotation": (lambda x, y: fused.rotate_tokens(x, *(a.to(x.dtype) for a in angles_of(2, 5, 34))), (2, 5, 3, 34), None),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("across", [False, True])
+def test_operations_and_their_gradients(name, dtype, across):
+    """By the kernels, against differentiating torch's own steps in float64; contiguous, and turned on their side."""
+    operation, shape, weight_dtype = OPERATIONS[name]
+    results = []
+    for kind, plain in ((dtype, False), (torch.float64, True)):
+        given = [random(*shape, seed=1).to(dtype).to(kind), random(*shape, seed=2).to(kind if plain else weight_dtype or kind)]
+        if across:
+            given = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in given]
+        x, y = (g.requires_grad_() for g in given)
+        with fused.twice_differentiable() if plain else contextlib.nullcontext():
+            out = operation(x, y)
+        (out * random(*shape, seed=3).to(dtype).to(kind)).sum().backward()
+        results.append([t.double() for t in (out.detach(), x.grad, y.grad) if t is not None])
+    for mine, exact in zip(*results, strict=True):
+        # dw sums thirty terms, each rounded to bf16 in what is multiplied.
+        torch.testing.assert_close(
+            mine, exact, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5 if dtype == torch.float32 else 0.05
+        )
+
+
+def test_a_kernel_is_not_differentiated_twice():
+    x = random(3, 8).requires_grad_()
+    push = torch.zeros(3, 8, requires_grad=True)  # J^T u, differentiated by u: how TRPO gets J v
+    (pulled,) = torch.autograd.grad(fused.rms_norm(x, torch.ones(8), 1e-5), x, push, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(pulled.sum(), push)
+    with fused.twice_differentiable():
+        (pulled,) = torch.autograd.grad(fused.rms_norm(x, torch.ones(8), 1e-5), x, push, create_graph=True)
+    (tangent,) = torch.autograd.grad(pulled.sum(), push)
+    assert tangent.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

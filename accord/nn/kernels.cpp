@@ -57,9 +57,9 @@ inline float exponential(float x) {
     return x < -87.0f ? 0.0f : (x != x ? x : out);
 }
 
-// x += y (if there is a y), out = w * x / sqrt(mean(x^2) + eps).   x, y, out (rows, width); w (width)
+// x += y (if there is a y), out = w * x / sqrt(mean(x^2) + eps).   x, y, out (rows, width); w (width); scales (rows) or null
 template <class T>
-void add_norm(T* x, const T* y, const T* weight, T* out, int64_t rows, int64_t width, float eps) {
+void add_norm(T* x, const T* y, const T* weight, T* out, float* scales, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (int64_t r = 0; r < rows; ++r) {
         T* xr = x + r * width;
@@ -72,37 +72,97 @@ void add_norm(T* x, const T* y, const T* weight, T* out, int64_t rows, int64_t w
         float squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t i = 0; i < width; ++i) squares += get(xr[i]) * get(xr[i]);
-        float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+        const float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+        if (scales) scales[r] = scale;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) put(to + i, get(weight[i]) * as<T>(get(xr[i]) * scale));
     }
 }
 
-// out = silu(gate) * up.   gate_up (rows, 2 * width): gate, then up; out (rows, width)
+// Its gradients, from that of out: with n = x * scale, dx = scale * (w g - n mean(w g n)) and dw = sum over rows of g n.
 template <class T>
-void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width) {
+void norm_backward(const T* g, const T* x, const T* weight, const float* scales, T* dx, float* dw, int64_t rows, int64_t width) {
+    constexpr int64_t BLOCK = 64;  // columns of dw at a time: one order of summation, however many threads
+#pragma omp parallel if (rows * width > 8192)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            const T *gr = g + r * width, *xr = x + r * width;
+            const float scale = scales[r];
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < width; ++i) sum += as<T>(get(gr[i]) * get(weight[i])) * get(xr[i]);
+            const float mean = sum * scale * scale / float(width);
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i)
+                put(dx + r * width + i, scale * (as<T>(get(gr[i]) * get(weight[i])) - get(xr[i]) * mean));
+        }
+        if (dw) {
+#pragma omp for schedule(static)
+            for (int64_t start = 0; start < width; start += BLOCK) {
+                const int64_t count = std::min(BLOCK, width - start);
+                float sum[BLOCK] = {};
+                for (int64_t r = 0; r < rows; ++r) {
+                    const T *gr = g + r * width + start, *xr = x + r * width + start;
+                    const float scale = scales[r];
+#pragma omp simd
+                    for (int64_t i = 0; i < count; ++i) sum[i] += get(gr[i]) * as<T>(get(xr[i]) * scale);
+                }
+                std::copy(sum, sum + count, dw + start);
+            }
+        }
+    }
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// out = silu(gate) * up.   gate, up (rows, width), a row every `stride` numbers; out (rows, width)
+template <class T>
+void silu_mul(const T* gate, const T* up, T* out, int64_t rows, int64_t width, int64_t stride) {
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (int64_t r = 0; r < rows; ++r) {
-        const T* gate = gate_up + 2 * r * width;
-        const T* up = gate + width;
+        const T *a = gate + r * stride, *b = up + r * stride;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            float g = get(gate[i]);
-            put(out + r * width + i, as<T>(g / (1.0f + exponential(-g))) * get(up[i]));
+        for (int64_t i = 0; i < width; ++i) put(out + r * width + i, as<T>(get(a[i]) * sigmoid(get(a[i]))) * get(b[i]));
+    }
+}
+
+// Its gradients: dgate = g up s (1 + x (1 - s)) with s = sigmoid(x), x = gate; dup = g silu(x).   all (rows, width)
+template <class T>
+void silu_backward(const T* g, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static) if (rows * width > 8192)
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = r * width;
+#pragma omp simd
+        for (int64_t i = at; i < at + width; ++i) {
+            const float x = get(gate[i]), s = sigmoid(x);
+            put(dgate + i, as<T>(get(g[i]) * get(up[i])) * s * (1.0f + x * (1.0f - s)));
+            put(dup + i, get(g[i]) * as<T>(x * s));
         }
     }
 }
 
 // Rotate a head (d channels) to its position: x * cos + turned * sin, every product rounded as torch does.
-template <class T>
-inline void rotate(const T* x, const T* cos, const T* sin, float* out, int64_t d) {
-    int64_t half = d / 2;
+template <class T, class Out>
+inline void rotate(const T* x, const T* cos, const T* sin, float sign, Out* out, int64_t d) {
+    const int64_t half = d / 2;
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
-        float a = get(x[i]), b = get(x[i + half]);
-        out[i] = as<T>(as<T>(a * get(cos[i])) + as<T>(-b * get(sin[i])));
-        out[i + half] = as<T>(as<T>(b * get(cos[i + half])) + as<T>(a * get(sin[i + half])));
+        const float a = get(x[i]), b = get(x[i + half]);
+        put(out + i, as<T>(as<T>(a * get(cos[i])) + as<T>(-b * sign * get(sin[i]))));
+        put(out + i + half, as<T>(as<T>(b * get(cos[i + half])) + as<T>(a * sign * get(sin[i + half]))));
     }
+}
+
+// All heads of some tokens; sign -1 turns them back.   x, out (tokens, heads, d); cos, sin (tokens, d)
+template <class T>
+void rotate_heads(const T* x, const T* cos, const T* sin, float sign, T* out, int64_t tokens, int64_t heads, int64_t d) {
+#pragma omp parallel for schedule(static) if (tokens * heads * d > 8192)
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t at = (t * heads + h) * d;
+            rotate(x + at, cos + t * d, sin + t * d, sign, out + at, d);
+        }
 }
 
 // One query a row against the cache, whose slot `position` it fills first.
@@ -125,7 +185,7 @@ void attend(const T* joined, const T* cos, const T* sin, T* keys, T* values, con
                 T* key = keys + (b * G + g) * slots * d;
                 T* value = values + (b * G + g) * slots * d;
                 auto place = [&](const T* x, float* to) {
-                    if (cos) rotate(x, cos + b * d, sin + b * d, to, d);
+                    if (cos) rotate(x, cos + b * d, sin + b * d, 1.0f, to, d);
                     else
                         for (int64_t i = 0; i < d; ++i) to[i] = get(x[i]);
                 };
@@ -323,10 +383,23 @@ void dequantize(const int32_t* product, const float* row, const float* column, c
 }  // namespace
 
 #define KERNELS(T, NAME)                                                                                                           \
-    extern "C" void add_norm_##NAME(T* x, const T* y, const T* w, T* out, int64_t rows, int64_t width, float eps) {                \
-        add_norm(x, y, w, out, rows, width, eps);                                                                                  \
+    extern "C" void add_norm_##NAME(T* x, const T* y, const T* w, T* out, float* scales, int64_t rows, int64_t width, float eps) {   \
+        add_norm(x, y, w, out, scales, rows, width, eps);                                                                          \
     }                                                                                                                              \
-    extern "C" void silu_mul_##NAME(const T* gate_up, T* out, int64_t rows, int64_t width) { silu_mul(gate_up, out, rows, width); } \
+    extern "C" void norm_backward_##NAME(const T* g, const T* x, const T* w, const float* scales, T* dx, float* dw, int64_t rows,  \
+                                         int64_t width) {                                                                          \
+        norm_backward(g, x, w, scales, dx, dw, rows, width);                                                                       \
+    }                                                                                                                              \
+    extern "C" void silu_mul_##NAME(const T* gate, const T* up, T* out, int64_t rows, int64_t width, int64_t stride) {             \
+        silu_mul(gate, up, out, rows, width, stride);                                                                              \
+    }                                                                                                                              \
+    extern "C" void silu_backward_##NAME(const T* g, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t width) {  \
+        silu_backward(g, gate, up, dgate, dup, rows, width);                                                                       \
+    }                                                                                                                              \
+    extern "C" void rotate_heads_##NAME(const T* x, const T* cos, const T* sin, float sign, T* out, int64_t tokens, int64_t heads, \
+                                        int64_t d) {                                                                               \
+        rotate_heads(x, cos, sin, sign, out, tokens, heads, d);                                                                    \
+    }                                                                                                                              \
     extern "C" void attend_##NAME(const T* joined, const T* cos, const T* sin, T* keys, T* values, const int64_t* positions,       \
                                   T* out, int64_t rows, int64_t H, int64_t G, int64_t d, int64_t slots, int64_t window) {          \
         attend(joined, cos, sin, keys, values, positions, out, rows, H, G, d, slots, window);                                      \

@@ -17,6 +17,8 @@ from accord.nn.native import call, serves
 EXCLUDED = -1e9  # a logit of no probability that is still a number
 CHUNK = 256  # positions at a time: 256 x 49,152 logits in fp32 are 48 MiB
 
+LIKELIEST = 1024  # tokens that a nucleus is looked for among first: finding them is much cheaper than sorting all
+
 
 class TokenStats(NamedTuple):
     """For N positions."""
@@ -111,9 +113,17 @@ class EpsilonGreedy(NamedTuple):
 
 def nucleus_set(logprobs: Tensor, top_p: float) -> Tensor:
     """(N,V) bool: the smallest set of likeliest tokens whose mass reaches ``top_p``."""
-    ordered, order = logprobs.sort(-1, descending=True)
+    inside = torch.zeros_like(logprobs, dtype=torch.bool)
+    most = logprobs.shape[-1] if logprobs.is_cuda else LIKELIEST  # a GPU is not asked in between
+    ordered, order = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
     probability = ordered.exp()
-    return torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, order, probability.cumsum(-1) - probability < top_p)
+    inside.scatter_(-1, order, probability.cumsum(-1) - probability < top_p)
+    flat = probability.sum(-1) < top_p  # rows whose set is larger than that: all of the vocabulary has to be sorted
+    if ordered.shape[-1] < logprobs.shape[-1] and bool(flat.any()):
+        ordered, order = logprobs[flat].sort(-1, descending=True)
+        probability = ordered.exp()
+        inside[flat] = inside[flat].scatter(-1, order, probability.cumsum(-1) - probability < top_p)
+    return inside
 
 
 def log_softmax_logits(

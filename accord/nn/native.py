@@ -26,8 +26,11 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
-    "add_norm": (P, P, P, P, N, N, F),
-    "silu_mul": (P, P, N, N),
+    "add_norm": (P, P, P, P, P, N, N, F),
+    "norm_backward": (P, P, P, P, P, P, N, N),
+    "silu_mul": (P, P, P, N, N, N),
+    "silu_backward": (P, P, P, P, P, N, N),
+    "rotate_heads": (P, P, P, F, P, N, N, N),
     "attend": (P, P, P, P, P, P, P, N, N, N, N, N, N),
     "draw": (P, P, F, P, P, N, N),
     "token_stats": (P, P, F, P, P, N, N),

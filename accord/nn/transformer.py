@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accord.nn.fused import rms_norm, rotate_tokens, silu_mul
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -94,16 +96,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + d/2) of channels by its position's angle. x (B,H,T,d), cos and sin (B,1,T,d)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+        return rms_norm(x, self.weight, self.eps)
 
 
 WRITTEN_OUT = {torch.bfloat16: 256, torch.float32: 96}
@@ -166,10 +159,9 @@ class Attention(nn.Module):
         value = self.v_proj(x).view(B, T, self.groups, self.head_dim).transpose(1, 2)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary:
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return query, key, value
+            query, key = rotate_tokens(query, cos, sin), rotate_tokens(key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         return self.o_proj(attend(*self.project(x, cos, sin), bias))
@@ -186,7 +178,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from accord.nn.fused import twice_differentiable
 from accord.nn.logprobs import CHUNK, log_softmax_logits
 from accord.rl.experience import Experience
 from accord.rollout.policy import Policy
@@ -44,7 +45,9 @@ def fisher_vector_product(policy: Policy, e: Experience, v: Tensor, temperature:
     out = [torch.zeros_like(p) for p in parameters]
     for index in micro_batches(e.rollout.lengths, token_budget):
         rows = e.select(index)
-        states, matrix = states_of(policy.model, rows.rollout, policy.split), policy.model.output_matrix
+        with twice_differentiable():
+            states = states_of(policy.model, rows.rollout, policy.split)
+        matrix = policy.model.output_matrix
         ends = [states, matrix] if matrix.requires_grad else [states]
         pushes = [torch.zeros_like(end, requires_grad=True) for end in ends]
         pulled = torch.autograd.grad(ends, parameters, pushes, create_graph=True, allow_unused=True)

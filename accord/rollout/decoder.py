@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from accord.nn.transformer import Block, Geometry, RMSNorm, Transformer, attend, rotate
+from accord.nn.fused import rotate_tokens
+from accord.nn.transformer import Block, Geometry, RMSNorm, Transformer, attend
 from accord.rollout.matrices import Matrix, matrix
 from accord.rollout.pieces import Place, pieces_for
 
@@ -179,10 +180,10 @@ class Decoder:
         """(P,T,(H+2G)d) -> query (P,H,T,d), key and value (P,G,T,d), rotated."""
         P, T, _ = joined.shape
         H, G = block.self_attn.heads, block.self_attn.groups
-        query, key, value = joined.view(P, T, H + 2 * G, -1).transpose(1, 2).split((H, G, G), dim=1)
+        query, key, value = joined.view(P, T, H + 2 * G, -1).split((H, G, G), dim=2)
         if block.self_attn.rotary:
-            query, key = rotate(query, geometry.cos, geometry.sin), rotate(key, geometry.cos, geometry.sin)
-        return query, key, value
+            query, key = (rotate_tokens(x, geometry.cos, geometry.sin) for x in (query, key))
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def cache_bytes(model: Transformer, rows: int, slots: int) -> int:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accord.nn.fused import rotate_tokens
 from accord.nn.logprobs import log_softmax_of
 from accord.nn.native import call, serves
-from accord.nn.transformer import attend, attention_bias, rotate
+from accord.nn.transformer import attend, attention_bias
 from accord.rollout.sampling import draw
 
 
@@ -74,7 +75,7 @@ class Plain:
         G, d = keys.shape[1], keys.shape[3]
         query_key, value = joined.view(len(joined), -1, d).split((heads + G, G), dim=1)
         if rotary:
-            query_key = rotate(query_key, place.cos[:, None], place.sin[:, None])
+            query_key = rotate_tokens(query_key[:, None], place.cos[:, None, None], place.sin[:, None, None])[:, 0]
         rows, slots = torch.arange(len(joined), device=keys.device), torch.arange(place.longest, device=keys.device)
         keys[rows, :, place.positions] = query_key[:, heads:]
         values[rows, :, place.positions] = value
@@ -93,13 +94,13 @@ class Native:
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        call("add_norm", x, x, y, weight, out, *x.shape, eps)
+        call("add_norm", x, x, y, weight, out, None, *x.shape, eps)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        call("silu_mul", gate_up, gate_up, out, rows, width)
+        call("silu_mul", gate_up, gate_up, gate_up[:, width:], out, rows, width, 2 * width)
         return out
 
     def attend(self, joined: Tensor, keys: Tensor, values: Tensor, place: Place, heads: int, rotary: bool, window: int | None) -> Tensor:
