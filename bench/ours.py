@@ -1,6 +1,7 @@
 """accord's side: one measurement a process (bench/compare.py starts it)."""
 
 import statistics
+import time
 from types import SimpleNamespace
 
 import work
@@ -46,26 +47,39 @@ def iteration(task):
         reward = build_reward(RewardModel.on(policy, task["reward_layers"]), policy)
     else:
         reward = build_reward(lambda prompts, completions: [len(c) / 100 for c in completions], policy)
-    steps = []
-    run = SimpleNamespace(log=lambda step, stats, rows: steps.append(stats), save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+    steps, ends = [], []
+
+    def log(step, stats, rows):
+        steps.append(stats)
+        ends.append(time.perf_counter())
+
+    run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
     train(policy, prompts(settings.prompts_per_step), reward, settings, run)
     steps = [s for s in steps if "score" in s][1:]
     assert all(s["length"] == work.RESPONSE for s in steps)
+    seconds = statistics.median(b - a for a, b in zip(ends[-len(steps) - 1 :], ends[-len(steps) :], strict=False))
     parts = {name: statistics.median(s[f"seconds/{name}"] for s in steps) for name in ("rollout", "score", "update")}
-    work.report(seconds=sum(parts.values()), parts=parts)
+    work.report(seconds=seconds, parts=parts)
 
 
 def reward(task):
     """One epoch of reward training, from text to trained weights."""
     policy = load(task)
+    settings = RewardSettings(top_layers=task["layers"], epochs=1, prompts_per_step=task["batch"])
 
     def group(i, prompt, *answers):
-        both = [Completion(Prompt(f"p{i}", prompt), a, True, k, tuple(work.encode(policy.tokenizer.inner, a))) for k, a in enumerate(answers)]
+        both = [
+            Completion(Prompt(f"p{i}", prompt), a, True, k, tuple(work.encode(policy.tokenizer.inner, a))) for k, a in enumerate(answers)
+        ]
         return PairGroup(both[0].prompt, tuple(both), ((0, 1, 1.0),))
 
-    groups = [group(i, *p) for i, p in enumerate(work.pairs(task["pairs"]))]
-    settings = RewardSettings(top_layers=task["layers"], epochs=1, prompts_per_step=task["batch"])
-    work.report(seconds=work.clock(lambda: train_reward_model(policy, groups, groups[:1], settings)))
+    def run(count):
+        groups = [group(i, *p) for i, p in enumerate(work.pairs(count))]
+        train_reward_model(policy, groups, groups[:1], settings)
+
+    run(task["batch"])  # one step to warm up
+    few, all_pairs = (work.clock(lambda n=n: run(n)) for n in (task["batch"], task["pairs"]))
+    work.report(seconds=all_pairs - few)
 
 
 if __name__ == "__main__":

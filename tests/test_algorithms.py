@@ -17,6 +17,8 @@ from accord.data.records import Completion, Logged, Prompt, Turn
 from accord.data.sources import read_logged
 from accord.errors import UserError
 from accord.nn.logprobs import Contrast, EpsilonGreedy, Nucleus, exact_kl, nucleus_set, token_stats
+from accord.nn.transformer import WRITTEN_OUT
+from accord.plan import _rollout
 from accord.reward.sources import Reward, build_reward
 from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go
 from accord.rl.algorithms import make_algorithm
@@ -402,6 +404,21 @@ def test_fisher_vector_product_equals_the_explicit_matrix():
     torch.testing.assert_close(got, fisher[:n, :n] @ v, rtol=1e-8, atol=1e-10)
 
 
+def test_fisher_products_of_rows_for_the_fused_attention(tiny, monkeypatch):
+    """Rows longer than attention is written out for: its gradient has to have one too, and the product is the same."""
+    s = RLSettings(algorithm="trpo", top_layers=2, prompts_per_step=2, completions_per_prompt=1, dtype="float32")
+    state = State.begin(tiny, Reward([]), s)
+    rollout = _rollout(tiny.model, 2, 90, 20)
+    e = score_rollout(state.policy, state.critic, Reward([]), rollout, s)
+    v = torch.randn(sum(p.numel() for p in state.policy.trainable().values()), generator=torch.Generator().manual_seed(0))
+    products = []
+    for limit in (96, 1000):
+        monkeypatch.setitem(WRITTEN_OUT, torch.float32, limit)
+        products.append(fisher_vector_product(state.policy, e, v, 1.0, 4096))
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-6)
+    assert products[0].abs().max() > 1e-4
+
+
 def test_conjugate_gradient_solves():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(6, 6, generator=g, dtype=torch.float64)
@@ -727,6 +744,10 @@ def test_a_run_s_episodes_are_logged_so_that_they_can_be_learned_from(tiny, tmp_
         ({"algorithm": "rloo", "truncation": "bootstrap"}, "needs a critic"),
         ({"algorithm": "dqn", "truncation": "bootstrap"}, "needs a critic"),
         ({"algorithm": "trpo", "epochs": 5}, "epochs means nothing to algorithm trpo"),
+        ({"rollout_weights": "int8", "kl_estimator": "k1"}, "those of rounded weights are not, so use full"),
+        ({"correction_cap": 3.0}, "correction_cap means nothing to rollout_weights same"),
+        ({"algorithm": "dqn", "rollout_weights": "int8", "correction_cap": 3.0}, "correction_cap means nothing to algorithm dqn"),
+        ({"algorithm": "ilql", "rollout_weights": "int8"}, "rollout_weights means nothing to algorithm ilql"),
         ({"algorithm": "dqn", "entropy_coef": 0.1}, "entropy_coef means nothing to algorithm dqn"),
         ({"algorithm": "grpo", "gamma": 0.9}, "gamma must be 1"),
         ({"algorithm": "ilql", "kl_coef": 0.1}, "kl_coef means nothing to algorithm ilql"),

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from accord.errors import UserError
 from accord.nn import fused, native
 from accord.nn.logprobs import slope_of, stats_of
+from accord.rollout.decoding import choose
 from accord.rollout.matrices import Dense, Int8, Packed, matrix
 from accord.rollout.pieces import Native, Place, Plain, pieces_for
+from accord.rollout.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -202,6 +205,32 @@ def test_matrices(dtype, bias):
     assert float(error.max()) < 0.5
 
 
+@pytest.mark.parametrize("pieces", [Native(), Plain()])
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_told(pieces, temperature, broken):
+    logits = random(3, 700)
+    logits[1, 600] = broken
+    luck = torch.full((3,), 0.5, dtype=torch.float64)
+    with pytest.raises(UserError, match="not finite"):
+        choose(logits, luck, Sampling(temperature), pieces)
+
+
+def test_int8_passes_on_what_is_not_finite():
+    x, eight = random(3, 64), Int8(random(48, 64, seed=1), None)
+    for broken in (float("nan"), float("inf")):
+        x[1, 5] = broken
+        out = eight(x)
+        assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+def test_a_kernel_refuses_what_it_would_read_wrongly():
+    x, w = random(4, 8), torch.ones(8)
+    for bad in (w.double(), torch.ones(16)[::2]):
+        with pytest.raises(TypeError, match="add_norm reads"):
+            native.call("add_norm", x, x, None, bad, torch.empty_like(x), None, 4, 8, 1e-5)
+
+
 def test_int8_by_hand():
     """Rows [127, 0] and [1, 2] times the weight [2, -1]: scales 2/127 for the weight, 1 and 2/127 for the rows."""
     eight = Int8(torch.tensor([[2.0, -1.0]]), None)
@@ -214,7 +243,7 @@ def test_int8_by_hand():
 def test_int8_without_kernels_is_the_same(monkeypatch):
     x, eight = random(9, 64), Int8(random(48, 64, seed=1), random(48, seed=2))
     native_result = eight(x)
-    monkeypatch.setattr("accord.rollout.matrices.library", lambda: None)
+    monkeypatch.setattr("accord.rollout.matrices.serves", lambda x: False)
     torch.testing.assert_close(eight(x), native_result, rtol=1e-5, atol=1e-5)
 
 
@@ -224,7 +253,35 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     try:
         assert isinstance(pieces_for(torch.device("cpu"), torch.bfloat16), Plain)
-        assert "No C++ compiler" in capsys.readouterr().out
+        assert "no C++ compiler" in capsys.readouterr().out
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_cache_that_cannot_be_used_is_named(monkeypatch, capsys):
+    native.library.cache_clear()
+    monkeypatch.setenv("ACCORD_CACHE", "/proc/accord")
+    try:
+        assert native.library() is None
+        assert "could not be made" in capsys.readouterr().out.replace("\n", " ")
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_damaged_library_is_made_anew(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "good"))
+    try:
+        assert native.library() is not None
+        (made,) = (tmp_path / "good").rglob("*.so")
+        damaged = tmp_path / "bad" / "kernels" / made.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(made.read_bytes()[:1000])
+        damaged.with_suffix(".sha256").write_text(made.with_suffix(".sha256").read_text())
+        monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "bad"))
+        native.library.cache_clear()
+        assert native.library() is not None
+        assert len(damaged.read_bytes()) == len(made.read_bytes())
     finally:
         native.library.cache_clear()
 
@@ -235,7 +292,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("ACCORD_CACHE", str(tmp_path))
     try:
         assert native.library() is None
-        assert "/bin/false could not compile" in capsys.readouterr().out.replace("\n", " ")
-        assert not list((tmp_path / "kernels").iterdir())  # nothing half made
+        assert "could not be made with /bin/false" in capsys.readouterr().out.replace("\n", " ")
+        assert not list(tmp_path.rglob("*.so"))
     finally:
         native.library.cache_clear()

@@ -32,6 +32,11 @@ def twice_differentiable() -> Iterator[None]:
         _Plain.wanted = before
 
 
+def only_plain() -> bool:
+    """Whether this is within :func:`twice_differentiable`."""
+    return _Plain.wanted
+
+
 def _kernels(x: Tensor) -> bool:
     return not _Plain.wanted and serves(x)
 
@@ -71,7 +76,7 @@ class _Norm(torch.autograd.Function):
         x, w = x.contiguous(), weight.to(x.dtype).contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
-        out, scales = torch.empty_like(x), torch.empty(rows)
+        out, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
         call("add_norm", x, x, None, w, out, scales, rows, width, eps)
         ctx.save_for_backward(x, w, scales)
         ctx.dtype = weight.dtype
@@ -82,7 +87,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, scales = ctx.saved_tensors
         g, dx = grads[0].contiguous(), torch.empty_like(x)
-        dw = torch.empty(len(w)) if ctx.needs_input_grad[1] else None
+        dw = torch.empty(len(w), dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
         call("norm_backward", x, g, x, w, scales, dx, dw, len(scales), len(w))
         return dx, None if dw is None else dw.to(ctx.dtype), None
 

@@ -262,6 +262,11 @@ void draw(const T* logits, const double* uniform, float temperature, int64_t* to
                 if (sum > 0) last = b;
             }
             int64_t token = 0;
+            if (!(total > 0) || !(total <= double(width) * 2)) {  // a NaN, or nothing but infinities
+                tokens[r] = 0;
+                logprobs[r] = std::numeric_limits<float>::quiet_NaN();
+                continue;
+            }
             if (temperature == 0) {
                 while (get(z[token]) != most && token < width - 1) ++token;
             } else {
@@ -352,9 +357,17 @@ void quantize(const T* x, int8_t* out, float* scales, int64_t rows, int64_t widt
     for (int64_t r = 0; r < rows; ++r) {
         const T* from = x + r * width;
         int8_t* to = out + r * width;
-        float most = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < width; ++i) most = std::max(most, std::fabs(get(from[i])));
+        float most = 0, check = 0;
+#pragma omp simd reduction(max : most) reduction(+ : check)
+        for (int64_t i = 0; i < width; ++i) {
+            most = std::max(most, std::fabs(get(from[i])));
+            check += get(from[i]) * 0.0f;
+        }
+        if (check != 0) {  // something is not finite, and so will be what comes of it
+            std::fill(to, to + width, int8_t(1));
+            scales[r] = std::numeric_limits<float>::quiet_NaN();
+            continue;
+        }
         const float scale = most > 0 ? most / 127.0f : 1.0f, inverse = 1.0f / scale;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) to[i] = int8_t(std::nearbyint(get(from[i]) * inverse));

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accord.nn.native import call, serves
 
@@ -149,8 +150,9 @@ def log_softmax_of(logits: Tensor, temperature: float, processor: LogitsProcesso
 def stats_of(logits: Tensor, tokens: Tensor, temperature: float, processor: LogitsProcessor | None = None) -> TokenStats:
     """Log-probability of each row's token and entropy of the row. logits (N,V), tokens (N,)."""
     if processor is None and serves(logits):
-        out = TokenStats(torch.empty(len(tokens)), torch.empty(len(tokens)))
-        call("token_stats", logits, logits.contiguous(), tokens.contiguous(), temperature, *out, *logits.shape)
+        logits = logits.contiguous()
+        out = TokenStats(*(torch.empty(len(tokens), dtype=torch.float32, device=logits.device) for _ in range(2)))
+        call("token_stats", logits, logits, tokens.contiguous(), temperature, *out, *logits.shape)
         return out
     logp = log_softmax_of(logits, temperature, processor, tokens)
     return TokenStats(logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1))
@@ -162,7 +164,8 @@ def slope_of(logits: Tensor, tokens: Tensor, temperature: float, a: Tensor, b: T
     With p = softmax(z), z = logits / T: d logp_t / dz = onehot(t) - p, and dH / dz = -p * (log p + H).
     """
     if processor is None and serves(logits):
-        out, logits = torch.empty_like(logits), logits.contiguous()
+        logits = logits.contiguous()
+        out = torch.empty_like(logits)
         call("token_slope", logits, logits, tokens.contiguous(), temperature, a.contiguous(), b.contiguous(), out, *logits.shape)
         return out
     logp = log_softmax_of(logits, temperature, processor, tokens)
@@ -189,7 +192,8 @@ class _TokenStats(torch.autograd.Function):
         weights = matrix.to(hidden.dtype)
         early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         parts, slopes = [], [[], []] if entropic else [[]]  # type: ignore[var-annotated]
-        one, none = torch.ones(CHUNK, device=hidden.device), torch.zeros(CHUNK, device=hidden.device)
+        one = torch.ones(CHUNK, dtype=torch.float32, device=hidden.device)
+        none = torch.zeros_like(one)
         for h, t, piece in zip(hidden.split(CHUNK), tokens.split(CHUNK), _pieces(processor, len(tokens)), strict=True):
             logits = h @ weights.t()
             parts.append(stats_of(logits, t, temperature, piece))
@@ -204,6 +208,7 @@ class _TokenStats(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.early:
             pairs = zip(ctx.saved_tensors, grads, strict=False)
@@ -265,6 +270,7 @@ class _ExactKL(torch.autograd.Function):
         return torch.cat(out)
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, matrix, other_hidden, other_matrix = ctx.saved_tensors
         sides = ((hidden, matrix), (other_hidden, other_matrix))

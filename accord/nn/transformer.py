@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accord.nn.fused import rms_norm, rotate_tokens, silu_mul
+from accord.nn.fused import only_plain, rms_norm, rotate_tokens, silu_mul
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     Returns (B,T,H*d). Written out, or through the fused kernel where that is faster: long rows, and a GPU.
     """
     T, S = query.shape[2], key.shape[2]
-    if T > 1 and (query.is_cuda or WRITTEN_OUT.get(query.dtype, S) < S):
+    if T > 1 and not only_plain() and (query.is_cuda or WRITTEN_OUT.get(query.dtype, S) < S):
         return attend_fused(query, key, value, bias)
     return attend_written_out(query, key, value, bias)
 

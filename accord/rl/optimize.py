@@ -65,6 +65,10 @@ class Optimizer:
             self.refuse()
         return dict(stats)
 
+    def release(self) -> None:
+        """Give back the gradients' memory until the next step."""
+        self._adam.zero_grad(set_to_none=True)
+
     def refuse(self) -> None:
         """Count a step that is not taken because its gradient is not finite.
 

@@ -92,11 +92,11 @@ ALGORITHMS: dict[str, Spec] = {
     ),
     "dqn": Spec(
         f"{HERE}.dqn:DQN", "token-level Q-learning: replay, target network, double Q (Mnih et al. 2015)", ("n_step",),
-        kl_in_loss=False, unused=("entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "whiten_advantages"), defaults={"minibatches": 4, "whiten_advantages": False},
+        kl_in_loss=False, unused=("correction_cap", "entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "whiten_advantages"), defaults={"minibatches": 4, "whiten_advantages": False},
     ),
     "ilql": Spec(
         f"{HERE}.ilql:ILQL", "offline, from logged completions: implicit language Q-learning (Snell et al. 2022)", ("n_step",),
-        kl_in_loss=False, offline=True, unused=("rollout_weights", "entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target", "whiten_advantages"),
+        kl_in_loss=False, offline=True, unused=("rollout_weights", "correction_cap", "entropy_coef", "value_coef", "value_clip", "gae_lambda", "clip_epsilon", "kl_coef", "kl_target", "whiten_advantages"),
         defaults={"prompts_per_step": 64, "completions_per_prompt": 1, "epochs": 1, "minibatches": 4, "whiten_advantages": False,
                   "kl_coef": 0.0, "kl_estimator": "full", "target_every": 1},
     ),

@@ -13,12 +13,13 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.scoring import score
 
-MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""Mean absolute difference in nats a token that rounding in this dtype may cause."""
-INT8_TOLERANCE = 0.5
-"""The same for weights in eight bits, which the training corrects for (``rollout_weights``)."""
-MAX_FACTOR = 20
-"""The largest single difference may be this many times the mean tolerance."""
+MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Mean absolute difference in nats a token that rounding in this dtype may cause where the same code runs on other shapes."""
+SAMPLER_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+"""The same between the sampler's kernels and the scoring path: sums in another order round otherwise, and thirty layers of bf16 pass it
+on (measured: 0.04 with SmolLM2-135M where every layer is scored again)."""
+INT8_TOLERANCE = 0.4
+"""The same for weights in eight bits, which training corrects for (measured: 0.22)."""
 
 
 class SelfTest(NamedTuple):
@@ -48,13 +49,13 @@ def self_test(policy: Policy, experience: Experience, settings: RLSettings) -> S
         "padding: a row's log-probabilities change with the rows beside it",  # type: ignore[arg-type]
     )
     for name, (mean, largest), broken in zip(SelfTest._fields, found, remedies, strict=True):
-        tolerance = MEAN_TOLERANCE[policy.model.compute_dtype]
-        if name == "ratio" and settings.rollout_weights == "int8":
-            tolerance = INT8_TOLERANCE
-        if not (mean <= tolerance and largest <= MAX_FACTOR * tolerance):
+        dtype, rounded = policy.model.compute_dtype, settings.rollout_weights == "int8"
+        tolerance = MEAN_TOLERANCE[dtype] if name != "ratio" else INT8_TOLERANCE if rounded else SAMPLER_TOLERANCE[dtype]
+        most = max(50 * MEAN_TOLERANCE[dtype], 10 * tolerance)  # of a single token
+        if not (mean <= tolerance and largest <= most):
             raise UserError(
                 f"Self-test before the first update failed at '{name}'. Broken invariant: {broken} "
-                f"(mean {mean:.2g}, largest {largest:.2g} nats; allowed {tolerance:g} and {MAX_FACTOR * tolerance:g}). "
+                f"(mean {mean:.2g}, largest {largest:.2g} nats; allowed {tolerance:g} and {most:g}). "
                 "Training would learn from wrong ratios, so it does not start. Try --dtype float32"
                 f"{' and --rollout-weights same' if settings.rollout_weights != 'same' else ''}; if that fails too, it is a bug."
             )

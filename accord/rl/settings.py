@@ -118,7 +118,7 @@ class RLSettings(BaseModel):
         if spec is None:
             return values
         own = {"advantage": spec.advantages[0]} if spec.advantages else {}
-        if values.get("exploration") == "epsilon":
+        if values.get("exploration") == "epsilon" or values.get("rollout_weights", "same") != "same":
             own["kl_estimator"] = "full"
         return {**own, **spec.defaults, **values}
 
@@ -177,10 +177,11 @@ class RLSettings(BaseModel):
             raise ValueError("epsilon means nothing to exploration boltzmann; set exploration to epsilon, or leave it out")
         if self.rollout_weights == "same" and self.correction_cap != RLSettings.model_fields["correction_cap"].default:
             raise ValueError("correction_cap means nothing to rollout_weights same: there is nothing to correct; leave it out")
-        if (spec.offline or self.exploration == "epsilon") and self.kl_estimator != "full":
+        drawn = {"logged ones": spec.offline, "epsilon-greedy ones": self.exploration == "epsilon", "those of rounded weights": self.rollout_weights != "same"}  # fmt: skip
+        foreign_tokens = next((name for name, there in drawn.items() if there), None)
+        if foreign_tokens and self.kl_estimator != "full":
             raise ValueError(
-                f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; "
-                f"{'logged ones' if spec.offline else 'epsilon-greedy ones'} are not, so use full"
+                f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; {foreign_tokens} are not, so use full"
             )
         if self.truncation == "bootstrap" and self.advantage != "gae":
             raise ValueError(f"truncation bootstrap needs a critic's value, and advantage {self.advantage} has none")

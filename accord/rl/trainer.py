@@ -127,6 +127,7 @@ def train(
     if saved is not None and saved.about.get("stopped"):
         return Outcome(policy, str(saved.about["stopped"]), first)
     engine, watch = Engine(policy, settings.rows, settings.rollout_weights), Watch(settings, run.warn)
+    checker = engine if settings.rollout_weights == "same" else Engine(policy, settings.rows)  # validation is of the policy as saved
     held = list(validation)[: settings.validation_prompts]
     stopped: str | None = "max_steps" if first >= settings.max_steps else None
     step = first
@@ -156,13 +157,14 @@ def train(
             stats = measure(experience, kl.coef)
             optimizer.set_step(step)
             stats |= algorithm.update(policy, critic, optimizer, experience, step)
+            optimizer.release()
             clock.lap("update")
             kl.update(stats["kl"], len(rollout))
             watch.check(step, stats)
             stats |= {"skipped_updates": float(optimizer.skipped), "tokens": float(rollout.response_mask.sum())}
             if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
                 try:
-                    stats["validation_score"] = state.validate(engine, held, reward, environment)
+                    stats["validation_score"] = state.validate(checker, held, reward, environment)
                 except UserError as error:
                     failed = error
                 clock.lap("validate")

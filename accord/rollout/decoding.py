@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from accord.data.records import Prompt
+from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.logprobs import LogitsProcessor, log_softmax_of
 from accord.rollout.decoder import Decoder
@@ -101,17 +104,26 @@ class Decoding:
         self.luck, self.eos = luck, torch.tensor(eos_ids, device=luck.device)
         self.queue = deque(range(len(out.jobs)))
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
         self.burst, self.bucket = (BURST, BUCKET) if luck.is_cuda else (1, 1)
 
     def run(self, rows: int, report: Progress) -> None:
         """Write all completions, up to ``rows`` of them side by side."""
-        N, device, on_gpu = len(self.out.jobs), self.luck.device, self.luck.is_cuda
-        rows = min(rows, N)
-        slots = self.out.tokens.shape[1]
+        try:
+            with torch.cuda.device(self.luck.device) if self.luck.is_cuda else nullcontext():
+                self._run(min(rows, len(self.out.jobs)), report)
+        finally:
+            self.graphs.clear()
+            for decoder in self.decoders:
+                decoder.release()
+
+    def _run(self, rows: int, report: Progress) -> None:
+        N, device, slots = len(self.out.jobs), self.luck.device, self.out.tokens.shape[1]
         self.job = torch.full((rows,), N, device=device)
         self.hidden = [torch.zeros(rows, d.matrix.shape[1], dtype=d.matrix.dtype, device=device) for d in self.decoders]
         for decoder in self.decoders:
             decoder.allocate(rows, slots)
+        records = self.luck.is_cuda and self.sampling.max_new_tokens > self.burst  # else a graph would not be replayed
         written, left = 0, N
         while True:
             busy = self.job < N
@@ -119,23 +131,20 @@ class Decoding:
             if self.queue and (4 * free >= rows or free == rows):
                 self._fill((~busy).nonzero()[:, 0])
             elif free == rows:
-                break
-            elif 4 * free >= rows and not on_gpu:  # nothing left to fill them with
+                return
+            elif 4 * free >= rows and not records:  # nothing left to fill them with
                 self._shrink(busy.nonzero()[:, 0])
                 rows -= free
             furthest = int((self.out.lengths + self.out.counts)[self.job].max()) + 1
             longest = min(-(-(furthest + self.burst - 1) // self.bucket) * self.bucket, slots)
-            if on_gpu:
+            if records:
                 self._replay(longest)
             else:
-                for _ in range(self.burst):
+                for _ in range(min(self.burst, self.sampling.max_new_tokens)):
                     self.step(longest)
             total, now_left = int(self.out.counts.sum()), len(self.queue) + int((self.job < N).sum())
             report(left - now_left, total - written)
             written, left = total, now_left
-        self.graphs.clear()
-        for decoder in self.decoders:
-            decoder.release()
 
     @torch.no_grad()
     def step(self, longest: int) -> None:
@@ -146,7 +155,7 @@ class Decoding:
         chance = self.luck[job.clamp(max=N - 1), count.clamp(max=self.luck.shape[1] - 1)]
         first = self.decoders[0]
         logprobs, tokens = choose(first.logits(self.hidden[0]), chance, sampling, first.pieces, processor)
-        done = torch.isin(tokens, self.eos)
+        done = (tokens[:, None] == self.eos).any(-1)
         out.record(job, position, tokens, logprobs, done)
         # Finished rows read their last token too: scores and bootstrapped values look at it.
         for number, decoder in enumerate(self.decoders):
@@ -187,8 +196,9 @@ class Decoding:
                 self.step(longest)
             torch.cuda.current_stream().wait_stream(side)
             left -= 1
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
             self.graphs[longest] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[longest]):
+            with torch.cuda.graph(self.graphs[longest], pool=self.pool):
                 self.step(longest)
         for _ in range(left):
             self.graphs[longest].replay()
@@ -200,6 +210,10 @@ def choose(
     """Draw a token a row and give its log-probability under the distribution it was drawn from. logits (B,V), luck (B,)."""
     if processor is None and not sampling.top_k and sampling.top_p == 1:
         tokens, drawn = pieces.draw(logits, luck, sampling.temperature)
+        if not drawn.is_cuda and not bool(torch.isfinite(drawn).all()):
+            raise UserError(
+                "The model's logits are not finite, so nothing can be sampled: its weights are damaged, or training has diverged."
+            )
         return drawn, tokens
     logprobs = log_softmax_of(logits, sampling.temperature or 1.0, processor)
     if sampling.temperature == 0:

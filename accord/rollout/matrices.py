@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accord.nn.native import call, library
+from accord.nn.native import call, serves
 
 PRECISIONS = ("same", "int8")
 
@@ -54,12 +55,15 @@ class Int8:
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if library() is None or x.is_cuda:
+        if not serves(x):
             rows = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            product = torch._int_mm((x.float() / rows).round().to(torch.int8), self.weight)
+            small = (x.float() / rows).round().to(torch.int8)
+            missing = max(17 - len(x), 0) if x.is_cuda else 0  # CUDA's product wants more rows than sixteen
+            product = torch._int_mm(F.pad(small, (0, 0, 0, missing)), self.weight)[: len(x)]
             out = product.float() * rows * self.scale
             return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
-        small, rows = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x))
+        x = x.contiguous()
+        small, rows = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32, device=x.device)
         call("quantize", x, x, small, rows, *x.shape)
         product = torch._int_mm(small, self.weight)
         out = x.new_empty(product.shape)
@@ -71,7 +75,16 @@ def matrix(weight: Tensor, bias: Tensor | None, precision: str = "same") -> Matr
     """The fastest form for where the weight is; ``int8`` in eight bits."""
     if precision == "int8":
         return Int8(weight, bias)
-    packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if packs and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32):
-        return Packed(weight, bias)
-    return Dense(weight, bias)
+    return Packed(weight, bias) if weight.device.type == "cpu" and _packs(weight.dtype) else Dense(weight, bias)
+
+
+@functools.cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this processor."""
+    if dtype not in (torch.bfloat16, torch.float32) or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        Packed(torch.zeros(16, 16, dtype=dtype), None)(torch.zeros(1, 16, dtype=dtype))
+    except (RuntimeError, AttributeError):  # bf16 on a processor without AVX512; a torch that names it otherwise
+        return False
+    return True

@@ -111,7 +111,8 @@ class Native:
         return out
 
     def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         call("draw", logits, logits, uniform, temperature, tokens, logprobs, *logits.shape)
         return tokens, logprobs
 

@@ -68,4 +68,4 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = logprobs.exp().cumsum_(-1)
     total = cumulative[:, -1]
     target = torch.minimum(uniform.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)  # a NaN passes nothing

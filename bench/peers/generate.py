@@ -14,6 +14,8 @@ model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16
 tokenizer = AutoTokenizer.from_pretrained(task["model"])
 ways = {"plain": {}, "static": {"cache_implementation": "static", "disable_compile": True}, "compiled": {"cache_implementation": "static"}}
 if task["way"] == "compiled":
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled without a word
     model.forward = torch.compile(model.forward, dynamic=True)
     ways["compiled"]["disable_compile"] = True  # generate compiles on a GPU only; this is the same by hand
 out = {}
@@ -28,5 +30,7 @@ for rows in task["rows"]:
         )  # fmt: skip
         assert got.shape[1] == ids.shape[1] + new
 
+    if task["way"] == "compiled":
+        run(8), run(40)  # every shape that is timed
     out[str(rows)] = work.a_step(run)
 work.report(seconds=out)

@@ -34,12 +34,12 @@ class Clock(TrainerCallback):
 
 with tempfile.TemporaryDirectory() as folder:
     config = PPOConfig(
-        output_dir=folder, per_device_train_batch_size=work.ROWS // task["minibatches"], gradient_accumulation_steps=task["minibatches"],
+        output_dir=folder, per_device_train_batch_size=work.ROWS, gradient_accumulation_steps=1,  # an optimizer step a minibatch
         num_mini_batches=task["minibatches"], num_ppo_epochs=task["epochs"], total_episodes=work.ROWS * (1 + task["steps"]),
         response_length=work.RESPONSE, temperature=1.0, num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, local_rollout_forward_batch_size=work.ROWS,
     )  # fmt: skip
-    data = Dataset.from_dict({"input_ids": [work.encode(tokenizer, text) for text in work.texts(work.ROWS * (1 + task["steps"]))]})
+    data = Dataset.from_dict({"input_ids": [work.encode(tokenizer, text) for text in work.texts(work.ROWS * (2 + task["steps"]))]})
     trainer = PPOTrainer(config, tokenizer, policy, reference, reward, data, value, eval_dataset=data.select(range(1)), callbacks=[Clock()], peft_config=lora)  # fmt: skip
     trainer.train()
 work.report(seconds=statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)))

@@ -86,7 +86,7 @@ class Algorithm:
             kl = kl_rows(policy.model, rows.rollout, states, policy.start, policy.trunk_layers, s.temperature)
         else:
             if rows.guide is not None:  # the KL is of the policy without its mask
-                scored = score_states(policy.model, rows.rollout, states, s.temperature)
+                scored = score_states(policy.model, rows.rollout, states, s.temperature, entropic=False)
             kl = kl_estimate(scored.logprobs, rows.ref_logprobs, s.kl_estimator)
         return {"kl": -rows.kl_coef * masked_mean(kl, rows.mask, count)}
 

@@ -76,7 +76,7 @@ class ILQL(QLearning):
         s, rollout, matrix = self.settings, rows.rollout, policy.model.output_matrix
         states, value = states_of(policy.model, rollout, policy.split), values_before(critic, rollout)[0]
         q = value.detach() + self.advantage(states, matrix, rows, theirs)
-        among = token_stats(states, matrix, rollout.tokens[rollout.response_mask], s.temperature, theirs).logprobs
+        among = token_stats(states, matrix, rollout.tokens[rollout.response_mask], s.temperature, theirs, entropic=False).logprobs
         td = masked_mean((q - rows.returns) ** 2, rows.mask, count)
         expectile = expectile_loss(rows.values - value, s.expectile, rows.mask, count)
         cql = -masked_mean(spread(among, rollout), rows.mask, count)

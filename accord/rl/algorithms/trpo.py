@@ -77,7 +77,8 @@ class TRPO(Algorithm):
         for index in micro_batches(e.rollout.lengths, s.micro_batch_tokens):
             rows = e.select(index)
             with torch.set_grad_enabled(gradient):
-                scored = score_states(policy.model, rows.rollout, states_of(policy.model, rows.rollout, policy.split), s.temperature)
+                states = states_of(policy.model, rows.rollout, policy.split)
+                scored = score_states(policy.model, rows.rollout, states, s.temperature, entropic=s.entropy_coef != 0)
                 part = ratio_surrogate(scored.logprobs, rows.old_logprobs, rows.advantages, rows.mask, e.mask.sum())
                 part = part + s.entropy_coef * entropy_bonus(scored.entropy, rows.mask, e.mask.sum())
             total += float(part.detach())
