@@ -22,11 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import alone  # noqa: E402
+
 HOME, TABLE = ROOT / "build/bench", ROOT / "bench/RESULTS.md"
 RESULTS, PYTHON = HOME / "results.json", HOME / "peers/bin/python"
 PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 OLD = HOME / "trl-1.12.0"  # the last release with PPO, beside the current one
 BATCHES = (1, 16, 64)
+ALONE = {"growth": "How accord grows", "floor": "How far above the machine's floor accord is"}
 
 PPO = dict(prompts_per_step=32, completions_per_prompt=1, epochs=4, minibatches=2)
 GROUP = dict(prompts_per_step=8, completions_per_prompt=4, epochs=1, minibatches=1)
@@ -128,6 +131,9 @@ def table(results):
     ]
     for name, case in results.items():
         lines += [f"## {case['title']}", ""]
+        if "lines" in case:
+            lines += [*case["lines"], "", f"<sub>{case['when']}.</sub>", ""]
+            continue
         rounds, names = case["rounds"], list(case["rounds"][0])
         if name.startswith("decode"):
             lines += [
@@ -177,6 +183,7 @@ def main():
 
     model = str(bundled_folder())
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    order = [*cases(False), *ALONE]
     for name, (title, programs) in cases(arguments.quick).items():
         if arguments.only and not any(word in name for word in arguments.only):
             continue
@@ -189,8 +196,24 @@ def main():
         results[name] = {"title": title, "rounds": rounds, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
         if not arguments.quick:
             RESULTS.write_text(json.dumps(results))
-            TABLE.write_text(table({n: results[n] for n in cases(False) if n in results}))
-    print(table({n: results[n] for n in cases(False) if n in results}))
+            TABLE.write_text(table({n: results[n] for n in order if n in results}))
+    for name, title in ALONE.items():
+        if (arguments.only and not any(word in name for word in arguments.only)) or arguments.quick:
+            continue
+        if name == "growth":
+            lines = alone.growth(lambda task: measure("ours.py", task, model))
+        elif not {"decode-same", "ppo-default"} <= results.keys():
+            sys.exit("The floor needs the cases decode-same and ppo-default; measure them first.")
+        else:
+            decoding, ppo = (results[case]["rounds"] for case in ("decode-same", "ppo-default"))
+            mine = next(iter(ppo[0]))
+            steps = {rows: statistics.median(r["accord"]["seconds"][rows] for r in decoding) for rows in decoding[0]["accord"]["seconds"]}
+            parts = {part: statistics.median(r[mine]["parts"][part] for r in ppo) for part in ppo[0][mine]["parts"]}
+            lines = alone.floor(lambda task: measure("ours.py", task, model), steps, parts)
+        results[name] = {"title": title, "lines": lines, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
+        RESULTS.write_text(json.dumps(results))
+        TABLE.write_text(table({n: results[n] for n in order if n in results}))
+    print(table({n: results[n] for n in order if n in results}))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 import statistics
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import work
 
 from accord.data.records import Completion, PairGroup, Prompt
+from accord.nn.weights import parse_config, read_config
+from accord.plan import random_model
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import build_reward
@@ -16,12 +21,23 @@ from accord.rl.trainer import train
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
+from accord.text.tokenizer import Tokenizer
 
 
 def load(task):
-    """The model; its prompts are encoded as they are, and no token ends a completion: every side does the same work."""
-    policy = Policy.load(task["model"], "bfloat16")
-    policy.tokenizer.encode_prompt = lambda text: work.encode(policy.tokenizer.inner, text)
+    """The model; its prompts are encoded as they are, and no token ends a completion: every side does the same work.
+
+    A task may ask for prompts of another length, and for random weights of another shape (``shape``: fields of ModelConfig).
+    """
+    folder = Path(task["model"])
+    if "shape" in task:
+        raw = read_config(folder)
+        model = random_model(replace(parse_config(raw), **task["shape"]), task["shape"]["num_hidden_layers"], torch.bfloat16)
+        policy = Policy(model, Tokenizer.load(folder), raw, "random", model, trunk_layers=model.depth)
+    else:
+        policy = Policy.load(task["model"], "bfloat16")
+    wanted = task.get("prompt", work.PROMPT)
+    policy.tokenizer.encode_prompt = lambda text: (work.encode(policy.tokenizer.inner, text) * -(-wanted // work.PROMPT))[:wanted]
     policy.tokenizer.eos_ids = (-1,)
     return policy
 
@@ -41,7 +57,7 @@ def decode(task):
 
 def iteration(task):
     """Training iterations after one to warm up: each rollout, scoring and every update."""
-    policy, settings = load(task), RLSettings(max_new_tokens=work.RESPONSE, truncation="nothing", temperature=1.0, max_steps=1 + task["steps"],
+    policy, settings = load(task), RLSettings(max_new_tokens=task.get("response", work.RESPONSE), truncation="nothing", temperature=1.0, max_steps=1 + task["steps"],
                                               checkpoint_every=1000, warmup_steps=0, kl_warn=1e9, **task["settings"])  # fmt: skip
     if task.get("reward_layers"):
         reward = build_reward(RewardModel.on(policy, task["reward_layers"]), policy)
@@ -56,7 +72,7 @@ def iteration(task):
     run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
     train(policy, prompts(settings.prompts_per_step), reward, settings, run)
     steps = [s for s in steps if "score" in s][1:]
-    assert all(s["length"] == work.RESPONSE for s in steps)
+    assert all(s["length"] == settings.max_new_tokens for s in steps)
     seconds = statistics.median(b - a for a, b in zip(ends[-len(steps) - 1 :], ends[-len(steps) :], strict=False))
     parts = {name: statistics.median(s[f"seconds/{name}"] for s in steps) for name in ("rollout", "score", "update")}
     work.report(seconds=seconds, parts=parts)
@@ -82,6 +98,16 @@ def reward(task):
     work.report(seconds=all_pairs - few)
 
 
+def rates(task):
+    """What the machine gives: bytes a second read from memory, bf16 operations a second in a matrix product."""
+    del task
+    big = torch.ones(2**28, dtype=torch.float32)
+    a, b = torch.ones(2048, 2048, dtype=torch.bfloat16), torch.ones(2048, 2048, dtype=torch.bfloat16)
+    read = min(work.clock(big.sum) for _ in range(7))
+    multiply = min(work.clock(lambda: a @ b) for _ in range(7))
+    work.report(bandwidth=big.nbytes / read, operations=2 * 2048**3 / multiply)
+
+
 if __name__ == "__main__":
     task = work.task()
-    {"decode": decode, "iteration": iteration, "reward": reward}[task["what"]](task)
+    {"decode": decode, "iteration": iteration, "reward": reward, "rates": rates}[task["what"]](task)

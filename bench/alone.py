@@ -1,0 +1,95 @@
+"""accord alone: how its time and memory grow, and how far it is above what the machine could do."""
+
+import numpy as np
+
+BASE = dict(prompts=32, each=1, prompt=41, response=48)
+SHAPES = {"8 layers of 384": (8, 384, 6), "16 layers of 576": (16, 576, 9), "30 layers of 576": (30, 576, 9)}
+
+
+def growth_tasks():
+    """name -> (unit, [(amount, task)]): one thing grows at a time, up to eight times, under accord's defaults for PPO."""
+
+    def task(prompts=32, each=1, prompt=41, response=48, shape=None):
+        settings = dict(prompts_per_step=prompts, completions_per_prompt=each, epochs=2, minibatches=2)
+        asked = {"what": "iteration", "settings": settings, "prompt": prompt, "response": response, "steps": 2}
+        return asked if shape is None else {**asked, "shape": shape}
+
+    out = {
+        "prompts": ("prompts", [(n, task(prompts=n)) for n in (32, 64, 128, 256)]),
+        "completions a prompt": ("completions", [(n, task(prompts=8, each=n)) for n in (4, 8, 16, 32)]),
+        "tokens a completion": ("tokens", [(n, task(response=n)) for n in (24, 48, 96, 192)]),
+    }
+    sizes = []
+    for layers, width, heads in SHAPES.values():
+        shape = dict(
+            num_hidden_layers=layers,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 3,
+        )
+        sizes.append((weights(shape), task(shape=shape)))
+    out["weights in the layers"] = ("millions", sizes)
+    return out
+
+
+def weights(shape):
+    """Of all layers, in millions."""
+    D, inner, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * 64
+    return shape["num_hidden_layers"] * (2 * D * shape["num_attention_heads"] * 64 + 2 * D * kv + 3 * D * inner) / 1e6
+
+
+def growth(measure):
+    """A Markdown section. ``measure(task)`` runs one program."""
+    lines = ["| what grows | amounts | seconds | exponent of time | peak memory, GB |", "|---|---|---|---|---|"]
+    for name, (unit, points) in growth_tasks().items():
+        got = [(amount, measure(task)) for amount, task in points]
+        x, y = (np.log([value for value in values]) for values in zip(*((a, g["seconds"]) for a, g in got), strict=True))
+        exponent = np.polyfit(x, y, 1)[0]
+        join = lambda values, form: ", ".join(format(value, form) for value in values)
+        seconds, memory = ([g[key] for _, g in got] for key in ("seconds", "memory"))
+        amounts = f"{join([a for a, _ in got], '.3g')} {unit}"
+        lines += [f"| {name} | {amounts} | {join(seconds, '.1f')} | {exponent:.2f} | {join(memory, '.2f')} |"]
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "One PPO iteration (2 epochs of 2 minibatches, six layers on a frozen trunk); the exponent is the slope of log time over log amount.",
+    ]
+    return lines
+
+
+def floor(measure, decoding, ppo):
+    """A Markdown section: bytes and operations of each phase over the machine's rates. ``decoding``: rows -> seconds of a step;
+    ``ppo``: seconds of each part of an iteration under the defaults (32 completions, 4 epochs)."""
+    rate = measure({"what": "rates"})
+    layer, layers, D, V, kv = 3.54e6, 30, 576, 49152, 2 * 3 * 64
+    body, head, top = layers * layer, V * D, 6 * layer
+    lines = [
+        f"This machine reads {rate['bandwidth'] / 1e9:.1f} GB a second and multiplies {rate['operations'] / 1e12:.2f} TFLOP a second in bf16.",
+        "", "| phase | bytes | operations | floor | measured | times the floor |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+
+    def row(name, read, operations, measured):
+        least = max(read / rate["bandwidth"], operations / rate["operations"])
+        cells = [
+            name,
+            f"{read / 1e9:.2f} GB",
+            f"{operations / 1e9:.0f} GFLOP",
+            f"{1000 * least:.0f} ms",
+            f"{1000 * measured:.0f} ms",
+            f"{measured / least:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    for rows, seconds in decoding.items():
+        n = int(rows)
+        row(f"a decoding step of {n} rows", 2 * (body + head) + 2 * n * 65 * layers * kv, 2 * n * (body + head), seconds)
+    rows, width, new = 32, 89, 48
+    step = max((2 * (body + head) + 2 * rows * 65 * layers * kv) / rate["bandwidth"], 2 * rows * (body + head) / rate["operations"])
+    prefill = 2 * rows * 41 * body
+    row("PPO defaults: rollout", rate["bandwidth"] * step * new, prefill + rate["operations"] * step * new, ppo["rollout"])
+    tokens, chosen = rows * width, rows * new
+    row("PPO defaults: scoring", 0, 2 * tokens * 4 * top + 2 * 2 * chosen * head, ppo["score"])
+    row("PPO defaults: update", 4 * 2 * 28 * 2 * top, 4 * (6 * tokens * 2 * top + 4 * chosen * head), ppo["update"])
+    lines += ["", "Operations are those of the matrix products; attention, norms and the vocabulary's softmax are not in the floor."]
+    return lines
