@@ -332,9 +332,10 @@ def test_nucleus_is_the_smallest_set():
 def test_nucleus_among_the_likeliest_first(monkeypatch):
     """Rows whose set is larger than what is looked at first, and rows whose set is not."""
     monkeypatch.setattr("accord.nn.logprobs.LIKELIEST", 4)
-    logp = torch.log_softmax(4 * torch.rand(6, 1, generator=torch.Generator().manual_seed(0)) * torch.randn(6, 40), -1)
+    scale = torch.tensor([0.1, 1.0, 3.0, 6.0, 9.0, 12.0])[:, None]
+    logp = torch.log_softmax(scale * torch.randn(6, 40, generator=torch.Generator().manual_seed(0)), -1)
     got = nucleus_set(logp, 0.8)
-    assert 1 in got.sum(-1) or int(got.sum(-1).min()) < 4 < int(got.sum(-1).max())
+    assert int(got.sum(-1).min()) < 4 < int(got.sum(-1).max())
     for row, inside in zip(logp.exp().double().numpy(), got.numpy(), strict=True):
         assert np.array_equal(inside, oracle.nucleus(np.log(row), 0.8))
 
@@ -527,8 +528,8 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     start = load_start("scratch", "float32", world)
     settings = RLSettings(
         algorithm="dqn", q_scale=1.0, n_step=1, kl_coef=0.0, truncation="nothing", adaptation="full", top_layers=3, dtype="float32",
-        prompts_per_step=1, completions_per_prompt=64, epochs=2, replay_steps=20, target_every=5, max_steps=80, checkpoint_every=1000,
-        learning_rate=2e-3, critic_learning_rate=2e-3, kl_warn=1e9, max_new_tokens=3,
+        prompts_per_step=1, completions_per_prompt=64, epochs=2, replay_steps=20, target_every=5, max_steps=120, checkpoint_every=1000,
+        learning_rate=1e-3, critic_learning_rate=1e-3, kl_warn=1e9, max_new_tokens=3,
     )  # fmt: skip
     run, reward = Run.create(tmp_path / "r", {"command": "rl"}), build_reward(None, start, environment="words")
     train(start, world.prompts(), reward, settings, run, environment=world)
