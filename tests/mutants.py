@@ -126,7 +126,7 @@ MUTANTS = [
     ("rollout/policy", "copy.deepcopy(b).float().requires_grad_(True)", "b.float().requires_grad_(True)", "split: the policy trains the reference's own layers", PPO, "leave_the_reference_alone"),
     ("reward/sources", "if not math.isfinite(number):", "if False:", "a reward of NaN is taken", "test_reward.py", "bad_reward"),
     ("rollout/sampling", 'raise UserError("top_k and top_p change', 'print("top_k and top_p change', "top-p sampling in training goes unnoticed", ROLL, "unaccounted"),
-    ("rollout/engine", "sampling.temperature or 1.0, processor)", "1.0, processor)", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
+    ("rollout/pieces", "uniform, temperature, tokens, logprobs", "uniform, 1.0, tokens, logprobs", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
     ("rl/experience", "raw = mine.logprobs if guide is None else", "raw = mine.logprobs if True else", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),
 ]  # fmt: skip
 
