@@ -73,7 +73,7 @@ class Plan:
     @property
     def memory(self) -> float:
         """The peak: what is always there, and the larger of what sampling and updating need."""
-        return sum(p.bytes for p in self.parts if p.when == "always") + max(self._of("sampling"), self._of("updating"))
+        return self._of("always") + max(self._of("sampling"), self._of("updating"))
 
     @property
     def seconds(self) -> float:
@@ -164,7 +164,7 @@ class Weights:
 
 def kept_by_a_layer(config: ModelConfig, dtype: torch.dtype, width: int) -> tuple[float, float]:
     """Bytes that a trained layer keeps for its backward pass: whatever comes in, and a token in rows of ``width``."""
-    model = random_model(config, 1, dtype)
+    model = random_model(replace(config, vocab_size=1), 1, dtype)  # the embedding has no part in it
     block = model.blocks[0].float().requires_grad_(True)
     counts = [_saved(block, model.geometry(*_places(rows, width)), config.hidden_size, dtype, rows, width) for rows in (1, 2)]
     return 2 * counts[0] - counts[1], (counts[1] - counts[0]) / width
@@ -203,23 +203,22 @@ def rl_memory(config: ModelConfig, dtype: torch.dtype, s: RLSettings, lengths: S
     fixed, each = kept_by_a_layer(config, dtype, width)
     at_once = min(s.micro_batch_tokens, max(rows // s.minibatches, 1) * width)
     fewer = "use --adaptation split with fewer --top-layers" if kind != "split" else "lower --top-layers"
-    depths = {"the policy's": deep, **({"the critic's": top} if s.needs_critic else {})}
     trunk = e * D if kind == "split" or top < L else 0
-    logits = CHUNK * config.vocab_size * (2 * e if e == 2 or dtype == torch.float32 else 16)
-    frozen_copies = {"split": L - top, "lora": 0, "full": 0}[kind] * w.layer
+    frozen_copies = (L - top) * w.layer if kind == "split" else 0
+    critic = top * w.layer + D if s.needs_critic else 0
     return [
         Part("Python and torch", resident_memory(), "always", ""),
         Part("the model", w.total * e, "always", "use --dtype bfloat16, or a smaller model"),
         Part("the sampler's copies of frozen layers", frozen_copies * small + w.embedding * e, "always", "use --rollout-weights int8, or a smaller model"),
         Part("the policy's trained weights and Adam's moments", trained * (ADAM - 4), "always", fewer),
-        Part("the critic's", (top * w.layer + D) * (ADAM - 4) if s.needs_critic else 0.0, "always", "lower --top-layers, or use an algorithm without a critic (rloo, grpo)"),
+        Part("the critic's", critic * (ADAM - 4), "always", "lower --top-layers, or use an algorithm without a critic (rloo, grpo)"),
         Part("the reward model's layers", reward_layers * w.layer * 4, "always", "train the reward model with fewer --top-layers"),
         Part("the rollout", rows * width * (trunk + 150), "always", "lower --prompts-per-step or --completions-per-prompt"),
         Part("the sampler's copies of trained layers", (L * w.layer - frozen_copies) * small, "sampling", fewer),
         Part("the key/value cache", 2 * L * min(s.rows, rows) * width * config.num_key_value_heads * config.head_dim * e, "sampling", "lower --rows"),
-        Part("gradients", 4 * (trained + (top * w.layer + D if s.needs_critic else 0)), "updating", fewer),
-        Part("what a micro-batch keeps for its backward pass", sum(depths.values()) * (fixed + each * at_once), "updating", "lower --micro-batch-tokens"),
-        Part("logits", logits, "updating", ""),
+        Part("gradients", 4 * (trained + critic), "updating", fewer),
+        Part("what a micro-batch keeps for its backward pass", (deep + (top if critic else 0)) * (fixed + each * at_once), "updating", "lower --micro-batch-tokens"),
+        Part("logits", 2 * CHUNK * config.vocab_size * e, "updating", ""),
     ]  # fmt: skip
 
 

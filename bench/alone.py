@@ -2,8 +2,7 @@
 
 import numpy as np
 
-BASE = dict(prompts=32, each=1, prompt=41, response=48)
-SHAPES = {"8 layers of 384": (8, 384, 6), "16 layers of 576": (16, 576, 9), "30 layers of 576": (30, 576, 9)}
+SHAPES = ((8, 384, 6), (16, 576, 9), (30, 576, 9))  # layers, width, query heads
 
 
 def growth_tasks():
@@ -20,7 +19,7 @@ def growth_tasks():
         "tokens a completion": ("tokens", [(n, task(response=n)) for n in (24, 48, 96, 192)]),
     }
     sizes = []
-    for layers, width, heads in SHAPES.values():
+    for layers, width, heads in SHAPES:
         shape = dict(
             num_hidden_layers=layers,
             hidden_size=width,

@@ -38,7 +38,7 @@ def only_plain() -> bool:
 
 
 def _kernels(x: Tensor) -> bool:
-    return not _Plain.wanted and serves(x)
+    return not only_plain() and serves(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,6 +46,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _kernels(x):
         out: Tensor = _Norm.apply(x, weight, eps)
         return out
+    return plain_rms_norm(x, weight, eps)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`rms_norm` in torch, wherever it is."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * normed.to(x.dtype)
@@ -64,6 +69,11 @@ def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if _kernels(x):
         out: Tensor = _Rotate.apply(x, cos, sin)
         return out
+    return plain_rotate_tokens(x, cos, sin)
+
+
+def plain_rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate_tokens` in torch, wherever it is."""
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)

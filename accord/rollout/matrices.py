@@ -11,8 +11,6 @@ from torch import Tensor
 
 from accord.nn.native import call, serves
 
-PRECISIONS = ("same", "int8")
-
 
 class Matrix(Protocol):
     """x W^T + b. W (N,K), b (N,) or None."""

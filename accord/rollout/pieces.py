@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accord.nn.fused import rotate_tokens
+from accord.nn.fused import plain_rms_norm, plain_rotate_tokens
 from accord.nn.logprobs import log_softmax_of
 from accord.nn.native import call, serves
 from accord.nn.transformer import attend, attention_bias
@@ -64,8 +64,7 @@ class Plain:
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if y is not None:
             x += y
-        x32 = x.float()
-        return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return plain_rms_norm(x, weight, eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -75,7 +74,7 @@ class Plain:
         G, d = keys.shape[1], keys.shape[3]
         query_key, value = joined.view(len(joined), -1, d).split((heads + G, G), dim=1)
         if rotary:
-            query_key = rotate_tokens(query_key[:, None], place.cos[:, None, None], place.sin[:, None, None])[:, 0]
+            query_key = plain_rotate_tokens(query_key[:, None], place.cos[:, None, None], place.sin[:, None, None])[:, 0]
         rows, slots = torch.arange(len(joined), device=keys.device), torch.arange(place.longest, device=keys.device)
         keys[rows, :, place.positions] = query_key[:, heads:]
         values[rows, :, place.positions] = value
