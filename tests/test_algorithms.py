@@ -491,7 +491,7 @@ def test_dqn_targets_loss_and_gradient_equal_the_oracle():
     assert float(got.detach()) == pytest.approx(loss(), rel=1e-6)
     got.backward()
     gradient = np.concatenate([p.grad.numpy().ravel() for p in w.parameters()])
-    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-5, atol=1e-8)
 
 
 class Words:
@@ -584,7 +584,7 @@ def test_ilql_targets_loss_and_gradient_equal_the_oracle():
     assert float(got.detach()) == pytest.approx(loss(), rel=1e-6)
     got.backward()
     gradient = np.concatenate([p.grad.numpy().ravel() for p in w.parameters()])
-    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient, w.finite_differences(loss), rtol=1e-5, atol=1e-8)
 
 
 def test_an_expectile_by_hand():
