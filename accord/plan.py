@@ -22,6 +22,7 @@ from torch import Tensor
 from accord.config import Recipe
 from accord.data.records import SPLITS, Prompt, split_of
 from accord.errors import UserError
+from accord.nn.layout import Layout
 from accord.nn.loading import default_device, model_folder, resolve_dtype
 from accord.nn.logprobs import CHUNK
 from accord.nn.transformer import Block, Geometry, ModelConfig, Transformer
@@ -166,15 +167,16 @@ def kept_by_a_layer(config: ModelConfig, dtype: torch.dtype, width: int) -> tupl
     """Bytes that a trained layer keeps for its backward pass: whatever comes in, and a token in rows of ``width``."""
     model = random_model(replace(config, vocab_size=1), 1, dtype)  # the embedding has no part in it
     block = model.blocks[0].float().requires_grad_(True)
-    counts = [_saved(block, model.geometry(*_places(rows, width)), config.hidden_size, dtype, rows, width) for rows in (1, 2)]
+    counts = [_saved(block, model.geometry(_layout(rows, width)), config.hidden_size, dtype) for rows in (1, 2)]
     return 2 * counts[0] - counts[1], (counts[1] - counts[0]) / width
 
 
-def _places(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(width).expand(rows, width), torch.ones(rows, width, dtype=torch.bool)
+def _layout(rows: int, width: int) -> Layout:
+    """Of rows that have no beginning in common."""
+    return Layout.of(torch.arange(rows * width).view(rows, width), torch.full((rows,), width))
 
 
-def _saved(block: Block, geometry: Geometry, hidden: int, dtype: torch.dtype, rows: int, width: int) -> float:
+def _saved(block: Block, at: Geometry, hidden: int, dtype: torch.dtype) -> float:
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
@@ -185,7 +187,7 @@ def _saved(block: Block, geometry: Geometry, hidden: int, dtype: torch.dtype, ro
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = block(torch.zeros(rows, width, hidden, dtype=dtype, requires_grad=True), *geometry.of(block))
+        out = block(torch.zeros(len(at.layout), hidden, dtype=dtype, requires_grad=True), at)
         del out
     return float(sum(storages.values()))
 
@@ -335,7 +337,7 @@ def _with_trunk(policy: Policy, rollout: Rollout) -> Rollout:
 def _reward_step(start: Policy, rollout: Rollout, layers: int) -> None:
     assert isinstance(start.model, Transformer)
     scalar = ScalarModel(start.model, start.model.depth - layers)
-    scalar(rollout).sum().backward()
+    scalar(rollout, rollout.at_last).sum().backward()
 
 
 def _rollout(model: Transformer, count: int, prompt: int, new: int) -> Rollout:

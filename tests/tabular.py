@@ -52,8 +52,8 @@ class Values(nn.Module):
         rng = np.random.default_rng(seed)
         self.by_token, self.by_column = (nn.Parameter(torch.tensor(rng.normal(size=n))) for n in (V, T))
 
-    def forward(self, rollout):
-        return self.by_token[rollout.tokens] + self.by_column[rollout.positions]
+    def forward(self, rollout, where):
+        return torch.where(where, self.by_token[rollout.tokens] + self.by_column[rollout.positions], 0.0)
 
     def trainable(self):
         return dict(self.named_parameters())

@@ -16,8 +16,8 @@ from accord.api import load_start
 from accord.data.records import Completion, Logged, Prompt, Turn
 from accord.data.sources import read_logged
 from accord.errors import UserError
+from accord.nn.attention import WRITTEN_OUT
 from accord.nn.logprobs import Contrast, EpsilonGreedy, Nucleus, exact_kl, nucleus_set, token_stats
-from accord.nn.transformer import WRITTEN_OUT
 from accord.plan import _rollout
 from accord.reward.sources import Reward, build_reward
 from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go

@@ -1,7 +1,11 @@
 """The decoder's fast pieces against the plain ones, and against arithmetic that is neither."""
 
 import contextlib
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from accord.errors import UserError
 from accord.nn import fused, native
 from accord.nn.logprobs import slope_of, stats_of
 from accord.rollout.decoding import choose
-from accord.rollout.matrices import Dense, Int8, Packed, matrix
+from accord.rollout.matrices import Dense, Int8, Packed, Panels, matrix
 from accord.rollout.pieces import Native, Place, Plain, pieces_for
 from accord.rollout.sampling import Sampling
 
@@ -88,16 +92,9 @@ def test_attention_equals_the_formula():
             np.testing.assert_allclose(out[row, head * d : (head + 1) * d], (p / p.sum()) @ v, rtol=1e-5, atol=1e-6)
 
 
-def angles_of(rows, tokens, d):
-    half = random(rows, 1, tokens, d // 2, seed=9)
-    both = torch.cat((half, half), -1)
-    return both.cos(), both.sin()
-
-
 OPERATIONS = {
     "norm": (lambda x, y: fused.rms_norm(x, y[0, 0, 0], 1e-5), (2, 5, 3, 34), torch.float32),
     "silu": (lambda x, y: fused.silu_mul(x, y), (2, 5, 3, 34), None),
-    "rotation": (lambda x, y: fused.rotate_tokens(x, *(a.to(x.dtype) for a in angles_of(2, 5, 34))), (2, 5, 3, 34), None),
 }
 
 
@@ -195,7 +192,7 @@ def test_matrices(dtype, bias):
     x, w = random(19, 64, dtype=dtype), random(48, 64, dtype=dtype, seed=1)
     b = random(48, dtype=dtype, seed=2) if bias else None
     exact = Dense(w, b)(x)
-    assert isinstance(matrix(w, b), Packed)
+    assert isinstance(matrix(w, b), Packed | Panels)
     close(matrix(w, b)(x) / 8, exact / 8)
     eight = matrix(w, b, "int8")
     assert isinstance(eight, Int8)
@@ -203,6 +200,37 @@ def test_matrices(dtype, bias):
     error = (eight(x).double() - (x.double() @ w.double().t() + (0 if b is None else b.double()))).abs()
     assert float(error.mean()) < 0.1
     assert float(error.max()) < 0.5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs, inputs", [(16, 2), (48, 64), (130, 34), (200, 20)])
+def test_panels(outputs, inputs, bias):
+    """Every number of rows that has a form of its own, and what is left over of panels; against float64."""
+    w, b = random(outputs, inputs, dtype=torch.bfloat16, seed=1), random(outputs, dtype=torch.bfloat16, seed=2) if bias else None
+    product = Panels(w, b)
+    for rows in (*range(1, 20), 36, 64):
+        x = random(rows, inputs, dtype=torch.bfloat16, seed=rows)
+        exact = x.double() @ w.double().t() + (0 if b is None else b.double())
+        torch.testing.assert_close(product(x).double(), exact, rtol=2**-8, atol=1e-5)  # rounded once, at the end
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    """A tensor of the same size takes no new pages from the system; in a process of its own, which the rest does not touch."""
+    code = (
+        "import resource, torch\n"
+        "from accord.nn.memory import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "found = [faults() for _ in range(24)]\n"  # an aligned block fits into a hole of its size only once there are a few
+        "assert found[0] > 1000 > max(found[-4:]), found\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("pieces", [Native(), Plain()])

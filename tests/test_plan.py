@@ -60,7 +60,7 @@ def test_trained_weights_are_those_that_train(adaptation):
 def test_what_a_layer_keeps_grows_with_the_tokens():
     fixed, each = kept_by_a_layer(CONFIG, torch.float32, 20)
     model = random_model(CONFIG, 1, torch.float32)
-    five = planning._saved(model.blocks[0].requires_grad_(True), model.geometry(*planning._places(5, 20)), 32, torch.float32, 5, 20)
+    five = planning._saved(model.blocks[0].requires_grad_(True), model.geometry(planning._layout(5, 20)), 32, torch.float32)
     assert fixed + each * 100 == pytest.approx(five, rel=0.02)
     assert each > 4 * (32 * 4 + 64 * 3)  # at least the matrices' inputs
 

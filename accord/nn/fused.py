@@ -37,13 +37,14 @@ def only_plain() -> bool:
     return _Plain.wanted
 
 
-def _kernels(x: Tensor) -> bool:
+def served(x: Tensor) -> bool:
+    """Whether the kernels are to compute this, forwards and backwards."""
     return not only_plain() and serves(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32 inside (Zhang & Sennrich 2019, eq. 4)."""
-    if _kernels(x):
+    if served(x):
         out: Tensor = _Norm.apply(x, weight, eps)
         return out
     return plain_rms_norm(x, weight, eps)
@@ -58,23 +59,14 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if _kernels(gate):
+    if served(gate):
         out: Tensor = _SiluMul.apply(gate, up)
         return out
     return F.silu(gate) * up
 
 
-def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + d/2) of channels by its position's angle. x (B,T,H,d); cos, sin (B,1,T,d), alike in both halves."""
-    if _kernels(x):
-        out: Tensor = _Rotate.apply(x, cos, sin)
-        return out
-    return plain_rotate_tokens(x, cos, sin)
-
-
-def plain_rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """:func:`rotate_tokens` in torch, wherever it is."""
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + d/2) of channels by an angle. x (...,d); cos, sin alike in both halves."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin
@@ -120,27 +112,3 @@ class _SiluMul(torch.autograd.Function):
         width = gate.shape[-1]
         call("silu_backward", gate, g, gate, up, dgate, dup, gate.numel() // width, width)
         return dgate, dup
-
-
-class _Rotate(torch.autograd.Function):
-    """A rotation's transpose is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.expand(len(x), -1, -1, -1).contiguous(), sin.expand(len(x), -1, -1, -1).contiguous()
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1.0), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    B, T, H, d = x.shape
-    call("rotate_heads", x, x, cos, sin, sign, out, B * T, H, d)
-    return out

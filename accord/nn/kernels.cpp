@@ -10,6 +10,9 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -154,29 +157,164 @@ inline void rotate(const T* x, const T* cos, const T* sin, float sign, Out* out,
     }
 }
 
-// All heads of some tokens; sign -1 turns them back.   x, out (tokens, heads, d); cos, sin (tokens, d)
+// Heads of tokens to their places in rows, turned to their positions on the way.
+//   x (N, heads, d), a token every `stride` numbers; cos, sin (N, d) or null; token (B * T): which one stands there, -1: none, and
+//   then zeros; out (B, heads, T, d)
 template <class T>
-void rotate_heads(const T* x, const T* cos, const T* sin, float sign, T* out, int64_t tokens, int64_t heads, int64_t d) {
-#pragma omp parallel for schedule(static) if (tokens * heads * d > 8192)
-    for (int64_t t = 0; t < tokens; ++t)
+void lay_heads(const T* x, const T* cos, const T* sin, const int64_t* token, T* out, int64_t B, int64_t places, int64_t heads, int64_t d,
+               int64_t stride) {
+#pragma omp parallel for schedule(static) if (B * places * heads * d > 8192)
+    for (int64_t p = 0; p < B * places; ++p) {
+        const int64_t n = token[p];
         for (int64_t h = 0; h < heads; ++h) {
-            const int64_t at = (t * heads + h) * d;
-            rotate(x + at, cos + t * d, sin + t * d, sign, out + at, d);
+            T* to = out + ((p / places * heads + h) * places + p % places) * d;
+            if (n < 0) std::memset(to, 0, d * sizeof(T));
+            else if (cos) rotate(x + n * stride + h * d, cos + n * d, sin + n * d, 1.0f, to, d);
+            else std::memcpy(to, x + n * stride + h * d, d * sizeof(T));
         }
+    }
+}
+
+// The way back: the sum over a token's places, turned back.
+//   rows (B, heads, T, d); offsets (N + 1) into places (b * T + t); out (N, heads, d)
+template <class T>
+void collect_heads(const T* rows, const T* cos, const T* sin, const int64_t* offsets, const int64_t* places, T* out, int64_t N,
+                   int64_t width, int64_t heads, int64_t d) {
+#pragma omp parallel if (N * heads * d > 8192)
+    {
+        std::vector<float> sum(d);
+        std::vector<T> once(d);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t h = 0; h < heads; ++h) {
+                auto at = [&](int64_t k) { return rows + ((places[k] / width * heads + h) * width + places[k] % width) * d; };
+                const T* from = at(offsets[n]);
+                if (offsets[n + 1] - offsets[n] > 1) {
+                    std::fill(sum.begin(), sum.end(), 0.0f);
+                    for (int64_t k = offsets[n]; k < offsets[n + 1]; ++k) {
+                        const T* x = at(k);
+#pragma omp simd
+                        for (int64_t i = 0; i < d; ++i) sum[i] += get(x[i]);
+                    }
+                    for (int64_t i = 0; i < d; ++i) put(once.data() + i, sum[i]);
+                    from = once.data();
+                }
+                T* to = out + (n * heads + h) * d;
+                if (cos) rotate(from, cos + n * d, sin + n * d, -1.0f, to, d);
+                else std::memcpy(to, from, d * sizeof(T));
+            }
+    }
+}
+
+// softmax(scale * scores) in place, where a place sees itself and at most window - 1 before it (0: all before it); 0 elsewhere.
+//   scores (blocks, T, T)
+template <class T>
+void causal_softmax(T* scores, float scale, int64_t blocks, int64_t width, int64_t window) {
+#pragma omp parallel if (blocks * width * width > 8192)
+    {
+        std::vector<float> p(width);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < blocks * width; ++r) {
+            T* row = scores + r * width;
+            const int64_t end = r % width + 1, first = window && window < end ? end - window : 0;
+            float most = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : most)
+            for (int64_t i = first; i < end; ++i) most = std::max(most, get(row[i]));
+#pragma omp simd reduction(+ : total)
+            for (int64_t i = first; i < end; ++i) {
+                p[i] = exponential((get(row[i]) - most) * scale);
+                total += p[i];
+            }
+            const float share = 1.0f / total;
+            std::memset(row, 0, first * sizeof(T));
+#pragma omp simd
+            for (int64_t i = first; i < end; ++i) put(row + i, p[i] * share);
+            std::memset(row + end, 0, (width - end) * sizeof(T));
+        }
+    }
+}
+
+// The slope of the scores from that of the weights, in place: scale * weight * (g - sum(weight g)).   both (blocks, T, T)
+template <class T>
+void causal_softmax_backward(const T* weights, T* g, float scale, int64_t blocks, int64_t width, int64_t window) {
+#pragma omp parallel for schedule(static) if (blocks * width * width > 8192)
+    for (int64_t r = 0; r < blocks * width; ++r) {
+        const T* w = weights + r * width;
+        T* to = g + r * width;
+        const int64_t end = r % width + 1, first = window && window < end ? end - window : 0;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = first; i < end; ++i) sum += get(w[i]) * get(to[i]);
+        std::memset(to, 0, first * sizeof(T));
+#pragma omp simd
+        for (int64_t i = first; i < end; ++i) put(to + i, scale * get(w[i]) * (get(to[i]) - sum));
+        std::memset(to + end, 0, (width - end) * sizeof(T));
+    }
+}
+
+// sum over i of q[i] k[i], and out[i] = sum over s of w[s] v[s * d + i]: in registers where the compiler knows the width (WIDE, else 0).
+#ifdef __AVX512F__
+inline __m512 sixteen(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 sixteen(const bf16* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+#endif
+template <int WIDE, class T>
+inline float dot(const float* q, const T* k, int64_t d) {
+#ifdef __AVX512F__
+    if constexpr (WIDE > 0) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = 0; i < WIDE; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + i), sixteen(k + i), sum);
+        return _mm512_reduce_add_ps(sum);
+    }
+#endif
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; ++i) sum += q[i] * get(k[i]);
+    return sum;
+}
+template <int WIDE, class T>
+inline void mixture(const float* w, const T* v, int64_t first, int64_t last, T* out, int64_t d) {
+    constexpr int64_t BLOCK = WIDE ? WIDE : 64;
+    for (int64_t at = 0; at < d; at += BLOCK) {
+        const int64_t count = std::min(BLOCK, d - at);
+        float sum[BLOCK] = {};
+#ifdef __AVX512F__
+        if constexpr (WIDE > 0) {
+            __m512 parts[WIDE / 16];
+            for (auto& part : parts) part = _mm512_setzero_ps();
+            for (int64_t s = first; s <= last; ++s) {
+                const __m512 share = _mm512_set1_ps(w[s]);
+                for (int i = 0; i < WIDE / 16; ++i) parts[i] = _mm512_fmadd_ps(share, sixteen(v + s * d + i * 16), parts[i]);
+            }
+            for (int i = 0; i < WIDE / 16; ++i) _mm512_storeu_ps(sum + i * 16, parts[i]);
+            for (int64_t i = 0; i < WIDE; ++i) put(out + i, sum[i]);
+            return;
+        }
+#endif
+        for (int64_t s = first; s <= last; ++s) {
+            const T* from = v + s * d + at;
+            const float share = w[s];
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) sum[i] += share * get(from[i]);
+        }
+        for (int64_t i = 0; i < count; ++i) put(out + at + i, sum[i]);
+    }
 }
 
 // One query a row against the cache, whose slot `position` it fills first.
 //   joined (rows, (H + 2G) * d): queries, keys, values; cos, sin (rows, d) or null where a layer has no positions;
 //   keys, values (rows, G, slots, d); positions (rows); window: see at most that many latest slots, 0 is all of them;
 //   out (rows, H * d)
-template <class T>
-void attend(const T* joined, const T* cos, const T* sin, T* keys, T* values, const int64_t* positions, T* out, int64_t rows,
-            int64_t H, int64_t G, int64_t d, int64_t slots, int64_t window) {
+template <class T, int WIDE>
+void attend_wide(const T* joined, const T* cos, const T* sin, T* keys, T* values, const int64_t* positions, T* out, int64_t rows,
+                 int64_t H, int64_t G, int64_t width, int64_t slots, int64_t window) {
+    const int64_t d = WIDE ? WIDE : width;
     const int64_t shared = H / G;  // query heads on one key/value head
     const float scale = 1.0f / std::sqrt(float(d));
 #pragma omp parallel
     {
-        std::vector<float> query(shared * d), weight(shared * slots), sum(shared * d), turned(d);
+        std::vector<float> query(shared * d), weight(shared * slots), turned(d);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t b = 0; b < rows; ++b) {
             for (int64_t g = 0; g < G; ++g) {
@@ -194,18 +332,10 @@ void attend(const T* joined, const T* cos, const T* sin, T* keys, T* values, con
                 std::memcpy(value + position * d, row + (H + G + g) * d, d * sizeof(T));
                 for (int64_t h = 0; h < shared; ++h) place(row + (g * shared + h) * d, query.data() + h * d);
 
-                for (int64_t s = first; s <= position; ++s) {
-                    const T* k = key + s * d;
-                    for (int64_t h = 0; h < shared; ++h) {
-                        const float* q = query.data() + h * d;
-                        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (int64_t i = 0; i < d; ++i) dot += q[i] * get(k[i]);
-                        weight[h * slots + s] = as<T>(dot) * scale;
-                    }
-                }
                 for (int64_t h = 0; h < shared; ++h) {
+                    const float* q = query.data() + h * d;
                     float* w = weight.data() + h * slots;
+                    for (int64_t s = first; s <= position; ++s) w[s] = as<T>(dot<WIDE>(q, key + s * d, d)) * scale;
                     float most = -std::numeric_limits<float>::infinity(), total = 0;
 #pragma omp simd reduction(max : most)
                     for (int64_t s = first; s <= position; ++s) most = std::max(most, w[s]);
@@ -217,21 +347,87 @@ void attend(const T* joined, const T* cos, const T* sin, T* keys, T* values, con
                     float share = 1.0f / total;
 #pragma omp simd
                     for (int64_t s = first; s <= position; ++s) w[s] = as<T>(w[s] * share);
+                    mixture<WIDE>(w, value, first, position, out + (b * H + g * shared + h) * d, d);
                 }
-                std::fill(sum.begin(), sum.end(), 0.0f);
-                for (int64_t s = first; s <= position; ++s) {
-                    const T* v = value + s * d;
-                    for (int64_t h = 0; h < shared; ++h) {
-                        float w = weight[h * slots + s], *to = sum.data() + h * d;
-#pragma omp simd
-                        for (int64_t i = 0; i < d; ++i) to[i] += w * get(v[i]);
-                    }
-                }
-                T* to = out + (b * H + g * shared) * d;
-                for (int64_t i = 0; i < shared * d; ++i) put(to + i, sum[i]);
             }
         }
     }
+}
+
+template <class T>
+void attend(const T* joined, const T* cos, const T* sin, T* keys, T* values, const int64_t* positions, T* out, int64_t rows,
+            int64_t H, int64_t G, int64_t d, int64_t slots, int64_t window) {
+    (d == 64 ? attend_wide<T, 64> : d == 128 ? attend_wide<T, 128> : attend_wide<T, 0>)(joined, cos, sin, keys, values, positions, out,
+                                                                                        rows, H, G, d, slots, window);
+}
+
+// out = x W^T + b for the rows of a decoding step.
+// W (N, K) lies in panels of 16 outputs, the last filled up with zeros: for each pair of inputs the 16 pairs of weights, which one
+// AVX512-BF16 instruction multiplies by one pair of x and adds to 16 sums. MULTIPLIES says whether this machine has it.
+#ifdef __AVX512BF16__
+constexpr int MULTIPLIES = 1;
+template <int M, int P>  // rows and panels at once: M * P sums stay in registers
+inline void tile(const bf16* x, int64_t K, const bf16* panels, const bf16* bias, bf16* out, int64_t stride, int64_t left) {
+    __m512 sum[M][P];
+    for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p) sum[m][p] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += 2) {
+        __m512bh w[P];
+        for (int p = 0; p < P; ++p) {
+            w[p] = (__m512bh)_mm512_loadu_si512(panels + (p * K + k) * 16);
+            _mm_prefetch((const char*)(panels + (p * K + k) * 16) + 4096, _MM_HINT_T0);  // weights come from memory at every step
+        }
+        for (int m = 0; m < M; ++m) {
+            int32_t pair;
+            std::memcpy(&pair, x + m * K + k, 4);
+            for (int p = 0; p < P; ++p) sum[m][p] = _mm512_dpbf16_ps(sum[m][p], w[p], (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+    for (int p = 0; p < P; ++p) {
+        const int64_t count = std::min<int64_t>(16, left - p * 16);
+        for (int m = 0; m < M; ++m) {
+            float s[16];
+            _mm512_storeu_ps(s, sum[m][p]);
+            for (int64_t i = 0; i < count; ++i) put(out + m * stride + p * 16 + i, s[i] + (bias ? get(bias[p * 16 + i]) : 0.0f));
+        }
+    }
+}
+#else
+constexpr int MULTIPLIES = 0;
+template <int M, int P>
+inline void tile(const bf16* x, int64_t K, const bf16* panels, const bf16* bias, bf16* out, int64_t stride, int64_t left) {
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < std::min<int64_t>(P * 16, left); ++n) {
+            float sum = 0;
+            for (int64_t k = 0; k < K; ++k) sum += get(x[m * K + k]) * get(panels[(n / 16 * K + k / 2 * 2) * 16 + n % 16 * 2 + k % 2]);
+            put(out + m * stride + n, sum + (bias ? get(bias[n]) : 0.0f));
+        }
+}
+#endif
+
+template <int M>
+void panels_of(const bf16* x, const bf16* panels, const bf16* bias, bf16* out, int64_t N, int64_t K, int64_t first, int64_t last) {
+    constexpr int P = M <= 4 ? 6 : M <= 6 ? 4 : M <= 8 ? 3 : M <= 12 ? 2 : 1;
+    int64_t p = first;
+    auto at = [&](auto tile) { tile(x, K, panels + p * K * 16, bias ? bias + p * 16 : nullptr, out + p * 16, N, N - p * 16); };
+    for (; p + P <= last; p += P) at(tile<M, P>);
+    for (; p < last; ++p) at(tile<M, 1>);
+}
+
+// x (rows, K), K even; bias (N) or null; out (rows, N)
+void multiply(const bf16* x, const bf16* panels, const bf16* bias, bf16* out, int64_t rows, int64_t N, int64_t K) {
+    using Part = void (*)(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t);
+    static const Part parts[] = {nullptr,       panels_of<1>,  panels_of<2>,  panels_of<3>,  panels_of<4>,  panels_of<5>,
+                                 panels_of<6>,  panels_of<7>,  panels_of<8>,  panels_of<9>,  panels_of<10>, panels_of<11>,
+                                 panels_of<12>, panels_of<13>, panels_of<14>, panels_of<15>, panels_of<16>};
+    const int64_t blocks = rows <= 16 ? 1 : (rows + 11) / 12;
+    const int64_t all = (N + 15) / 16, step = 6;  // panels a thread takes at a time: they stay in its cache
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < all; first += step)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t from = b * rows / blocks, to = (b + 1) * rows / blocks;
+            parts[to - from](x + from * K, panels, bias, out + from * N, N, K, first, std::min(all, first + step));
+        }
 }
 
 // Draw a token a row by inverse CDF from softmax(logits / temperature), and give its log-probability.
@@ -409,9 +605,20 @@ void dequantize(const int32_t* product, const float* row, const float* column, c
     extern "C" void silu_backward_##NAME(const T* g, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t width) {  \
         silu_backward(g, gate, up, dgate, dup, rows, width);                                                                       \
     }                                                                                                                              \
-    extern "C" void rotate_heads_##NAME(const T* x, const T* cos, const T* sin, float sign, T* out, int64_t tokens, int64_t heads, \
-                                        int64_t d) {                                                                               \
-        rotate_heads(x, cos, sin, sign, out, tokens, heads, d);                                                                    \
+    extern "C" void lay_heads_##NAME(const T* x, const T* cos, const T* sin, const int64_t* token, T* out, int64_t B, int64_t places,\
+                                     int64_t heads, int64_t d, int64_t stride) {                                                   \
+        lay_heads(x, cos, sin, token, out, B, places, heads, d, stride);                                                           \
+    }                                                                                                                              \
+    extern "C" void collect_heads_##NAME(const T* rows, const T* cos, const T* sin, const int64_t* offsets, const int64_t* places, \
+                                         T* out, int64_t N, int64_t width, int64_t heads, int64_t d) {                             \
+        collect_heads(rows, cos, sin, offsets, places, out, N, width, heads, d);                                                   \
+    }                                                                                                                              \
+    extern "C" void causal_softmax_##NAME(T* scores, float scale, int64_t blocks, int64_t width, int64_t window) {                 \
+        causal_softmax(scores, scale, blocks, width, window);                                                                      \
+    }                                                                                                                              \
+    extern "C" void causal_softmax_backward_##NAME(const T* weights, T* g, float scale, int64_t blocks, int64_t width,             \
+                                                   int64_t window) {                                                               \
+        causal_softmax_backward(weights, g, scale, blocks, width, window);                                                         \
     }                                                                                                                              \
     extern "C" void attend_##NAME(const T* joined, const T* cos, const T* sin, T* keys, T* values, const int64_t* positions,       \
                                   T* out, int64_t rows, int64_t H, int64_t G, int64_t d, int64_t slots, int64_t window) {          \
@@ -439,3 +646,8 @@ void dequantize(const int32_t* product, const float* row, const float* column, c
 
 KERNELS(float, float32)
 KERNELS(bf16, bfloat16)
+
+extern "C" int multiplies() { return MULTIPLIES; }
+extern "C" void multiply_bfloat16(const bf16* x, const bf16* panels, const bf16* bias, bf16* out, int64_t rows, int64_t N, int64_t K) {
+    multiply(x, panels, bias, out, rows, N, K);
+}

@@ -11,6 +11,7 @@ import torch
 from accord.errors import UserError, did_you_mean, first_line
 from accord.nn import bundled
 from accord.nn.foreign import ForeignModel, load_foreign
+from accord.nn.memory import keep_freed_memory
 from accord.nn.transformer import Transformer
 from accord.nn.weights import build, is_native, read_config, read_tensors
 
@@ -76,6 +77,8 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: torch.device
         UserError: the folder is missing, unreadable or incomplete; the message names the file.
     """
     device = device or default_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = dtype or default_dtype(device)
     folder = model_folder(name)
     raw = read_config(folder)

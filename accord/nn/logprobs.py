@@ -215,14 +215,16 @@ class _TokenStats(torch.autograd.Function):
             return sum(slope * g[:, None].to(slope.dtype) for slope, g in pairs), None, None, None, None, None  # type: ignore[return-value]
         hidden, matrix, tokens = ctx.saved_tensors
         weights = matrix.to(hidden.dtype)
-        grad_hidden, grad_matrix = [], torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        grad_hidden, grad_matrix = [], None
+        part = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
         back = (grads[0], grads[1] if ctx.entropic else torch.zeros_like(grads[0]))
         pieces = (t.split(CHUNK) for t in (hidden, tokens, *back))
         for h, t, a, b, piece in zip(*pieces, _pieces(ctx.processor, len(tokens)), strict=True):
             dz = slope_of(h @ weights.t(), t, ctx.temperature, a, b, piece)
             grad_hidden.append(dz @ weights)
-            if grad_matrix is not None:
-                grad_matrix += (dz.t() @ h).to(matrix.dtype)
+            if part is not None:
+                torch.mm(dz.t(), h, out=part)
+                grad_matrix = part.to(matrix.dtype, copy=True) if grad_matrix is None else grad_matrix.add_(part)
         return torch.cat(grad_hidden), grad_matrix, None, None, None, None
 
 

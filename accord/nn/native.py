@@ -32,16 +32,21 @@ ARGUMENTS = {
     "norm_backward": "TTTfTfnn",
     "silu_mul": "SSTnnn",
     "silu_backward": "TTTTTnn",
-    "rotate_heads": "TTTxTnnn",
+    "lay_heads": "STTlTnnnnn",
+    "collect_heads": "TTTllTnnnn",
+    "causal_softmax": "Txnnn",
+    "causal_softmax_backward": "TTxnnn",
     "attend": "TTTTTlTnnnnnn",
     "draw": "Tdxlfnn",
     "token_stats": "Tlxffnn",
     "token_slope": "TlxffTnn",
     "quantize": "Tbfnn",
     "dequantize": "iffTTnn",
+    "multiply": "TTTTnnn",
 }
 """What a kernel is given, a letter each: tensors of its own dtype (T; S: with any stride between rows), float32 (f), float64 (d),
 int64 (l), int32 (i), int8 (b); and numbers, whole (n) or not (x)."""
+ONLY = {"multiply": [torch.bfloat16]}  # kernels that are not there for both dtypes
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 TENSORS = {"f": torch.float32, "d": torch.float64, "l": torch.int64, "i": torch.int32, "b": torch.int8}
 NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_float}
@@ -62,8 +67,8 @@ def library() -> ctypes.CDLL | None:
         _without(f"accord's kernels could not be made with {shlex.join(compiler)} ({_first_line(error)})")
         return None
     for name, letters in ARGUMENTS.items():
-        for dtype in DTYPES.values():
-            function = getattr(loaded, f"{name}_{dtype}")
+        for dtype in ONLY.get(name, DTYPES):
+            function = getattr(loaded, f"{name}_{DTYPES[dtype]}")
             function.argtypes, function.restype = [NUMBERS.get(letter, ctypes.c_void_p) for letter in letters], None
     return loaded
 
@@ -114,6 +119,12 @@ def _processor() -> str:
 def serves(x: Tensor) -> bool:
     """Whether the kernels work on this tensor: on a CPU, in float32 or bfloat16."""
     return x.device.type == "cpu" and x.dtype in DTYPES and library() is not None
+
+
+def multiplies() -> bool:
+    """Whether the kernel ``multiply`` is a fast one: on a processor with AVX512-BF16."""
+    kernels = library()
+    return kernels is not None and bool(kernels.multiplies())
 
 
 def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:

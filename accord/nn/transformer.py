@@ -1,8 +1,9 @@
 """One readable decoder: embeddings, rotary positions, grouped-query attention, gated MLP, RMSNorm.
 
 It is the Llama family (Llama, SmolLM2, SmolLM3, Mistral, Qwen2, Qwen3) under Hugging Face's parameter
-names, so weights load and save without translation. Letters in shape comments: B sequences, T tokens,
-S cache slots, V vocabulary, D width, H query heads, G key/value heads, d head width.
+names, so weights load and save without translation. Letters in shape comments: N tokens, B sequences of T places,
+V vocabulary, D width, H query heads, G key/value heads, d head width. Activations are (N,D), a line a token
+(:mod:`accord.nn.layout`).
 
 Numbers: matrix products run in the dtype of the activations; a weight kept in another dtype (fp32 master
 weights under bf16 activations) is cast where it is used, and its gradient arrives in its own dtype.
@@ -11,7 +12,6 @@ Norms, rotary angles and softmax run in fp32.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accord.nn.fused import only_plain, rms_norm, rotate_tokens, silu_mul
+from accord.nn.attention import attend_rows, collect, lay_out
+from accord.nn.fused import rms_norm, silu_mul
+from accord.nn.layout import Layout, Places
 
 
 @dataclass(frozen=True)
@@ -99,41 +101,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-WRITTEN_OUT = {torch.bfloat16: 256, torch.float32: 96}
-"""Keys up to which two batched products are faster than the fused kernel on a CPU, forwards and backwards (bench/LOG.md)."""
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d) + bias) V with G key/value heads shared by H query heads.
-
-    query (B,H,T,d); key, value (B,G,S,d); bias (B,1,T,S), 0 where a query may look and very low elsewhere.
-    Returns (B,T,H*d). Written out, or through the fused kernel where that is faster: long rows, and a GPU.
-    """
-    T, S = query.shape[2], key.shape[2]
-    if T > 1 and not only_plain() and (query.is_cuda or WRITTEN_OUT.get(query.dtype, S) < S):
-        return attend_fused(query, key, value, bias)
-    return attend_written_out(query, key, value, bias)
-
-
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """:func:`attend` by torch's kernel; the probabilities are never in memory."""
-    B, H, T, d = query.shape
-    key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-    return out.transpose(1, 2).reshape(B, T, H * d)
-
-
-def attend_written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """:func:`attend` as two batched products."""
-    B, H, T, d = query.shape
-    G, S = key.shape[1], key.shape[2]
-    grouped = query.reshape(B, G, H // G * T, d)
-    scores = (grouped @ key.transpose(-1, -2)).view(B, G, H // G, T, S)
-    weights = torch.softmax(scores.float() / math.sqrt(d) + bias[:, :, None], dim=-1).to(value.dtype)
-    out = weights.view(B, G, H // G * T, S) @ value
-    return out.view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -151,20 +118,20 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.rotary = config.rotary[layer] if config.rotary else True
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,T,D) -> query (B,H,T,d), key and value (B,G,T,d), rotated to their positions."""
-        B, T, _ = x.shape
-        query = self.q_proj(x).view(B, T, self.heads, self.head_dim)
-        key = self.k_proj(x).view(B, T, self.groups, self.head_dim)
-        value = self.v_proj(x).view(B, T, self.groups, self.head_dim).transpose(1, 2)
+    def forward(self, x: Tensor, at: Geometry, window: int | None, wanted: Tensor | None = None) -> Tensor:
+        """x (N,D) -> (N,D), or the lines of the ``wanted`` (M,) tokens only, (M,D)."""
+        key = self.k_proj(x).view(len(x), self.groups, self.head_dim)
+        value = self.v_proj(x).view(len(x), self.groups, self.head_dim)
+        x, home, cos, sin = at.looking(x, wanted)
+        query = self.q_proj(x).view(len(x), self.heads, self.head_dim)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        everywhere = at.layout.everywhere
         if self.rotary:
-            query, key = rotate_tokens(query, cos, sin), rotate_tokens(key, cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2), value
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        return self.o_proj(attend(*self.project(x, cos, sin), bias))
+            query, key = lay_out(query, home, cos, sin), lay_out(key, everywhere, at.cos, at.sin)
+        else:
+            query, key = lay_out(query, home), lay_out(key, everywhere)
+        return self.o_proj(collect(attend_rows(query, key, lay_out(value, everywhere), window), home))
 
 
 class MLP(nn.Module):
@@ -190,27 +157,29 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.windowed = config.windowed[layer] if config.windowed else config.sliding_window is not None
+        windowed = config.windowed[layer] if config.windowed else True
+        self.window = config.sliding_window if windowed else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias)
+    def forward(self, x: Tensor, at: Geometry, wanted: Tensor | None = None) -> Tensor:
+        """x (N,D) -> (N,D), or only the lines of the ``wanted`` (M,) tokens, (M,D): what a last layer is read at."""
+        change = self.self_attn(self.input_layernorm(x), at, self.window, wanted)
+        x = (x if wanted is None else x.index_select(0, wanted)) + change
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What every layer needs to know about where the tokens are: built once a forward pass.
+    """What every layer needs to know about where the tokens are: built once a forward pass. cos, sin (N,d)."""
 
-    cos, sin (B,1,T,d); bias and windowed_bias (B,1,T,S), fp32.
-    """
-
+    layout: Layout
     cos: Tensor
     sin: Tensor
-    bias: Tensor
-    windowed_bias: Tensor
 
-    def of(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        return self.cos, self.sin, self.windowed_bias if block.windowed else self.bias
+    def looking(self, x: Tensor, wanted: Tensor | None) -> tuple[Tensor, Places, Tensor, Tensor]:
+        """Of the tokens whose queries look: their lines of x, their places, their cos and sin."""
+        if wanted is None:
+            return x, self.layout.home, self.cos, self.sin
+        return x.index_select(0, wanted), self.layout.only(wanted), self.cos[wanted], self.sin[wanted]
 
 
 class Rotary(nn.Module):
@@ -224,27 +193,10 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B,T) -> cos, sin (B,1,T,d) in ``dtype``."""
-        angles = positions[:, None, :, None].float() * self.frequencies
+        """positions (N,) -> cos, sin (N,d) in ``dtype``."""
+        angles = positions[:, None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
-
-
-def attention_bias(query_positions: Tensor, key_positions: Tensor, key_mask: Tensor, window: int | None = None) -> Tensor:
-    """Additive mask (B,1,T,S): 0 where the key exists and is not after the query, else a very low number.
-
-    Args:
-        query_positions: (B,T) int.
-        key_positions: (B,S) int.
-        key_mask: (B,S) bool, True where a key exists (False for padding and unused cache slots).
-        window: a query sees keys less than this many positions back; None is no limit.
-    """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    allowed = (distance >= 0) & key_mask[:, None, :]
-    if window is not None:
-        allowed &= distance < window
-    # A finite low number, so that a row that may look nowhere (padding) averages instead of giving NaN.
-    return torch.zeros_like(distance, dtype=torch.float32).masked_fill_(~allowed, -1e30)[:, None]
 
 
 class Backbone(nn.Module):
@@ -293,31 +245,24 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def geometry(self, positions: Tensor, mask: Tensor) -> Geometry:
-        """For a pass over whole sequences. positions (B,T); mask (B,T) bool, True where a token exists."""
-        cos, sin = self.rotary_emb(positions, self.dtype)
-        bias = attention_bias(positions, positions, mask)
-        window = self.config.sliding_window
-        windowed = bias if window is None else attention_bias(positions, positions, mask, window)
-        return Geometry(cos, sin, bias, windowed)
+    def geometry(self, layout: Layout) -> Geometry:
+        """For passes over the tokens of these rows."""
+        return Geometry(layout, *self.rotary_emb(layout.positions, self.dtype))
 
-    def lower(self, tokens: Tensor, geometry: Geometry, split: int) -> Tensor:
-        """Embed and run the layers below ``split``. tokens (B,T) -> (B,T,D)."""
-        x = self.model.embed_tokens(tokens).to(self.dtype)
+    def lower(self, at: Geometry, split: int) -> Tensor:
+        """Embed the tokens and run the layers below ``split``: (N,D)."""
+        x = self.model.embed_tokens(at.layout.tokens).to(self.dtype)
         for block in self.blocks[:split]:
-            x = block(x, *geometry.of(block))
+            x = block(x, at)
         return x
 
-    def upper(self, x: Tensor, geometry: Geometry, split: int) -> Tensor:
-        """Run the layers from ``split`` and the final norm. (B,T,D) -> (B,T,D)."""
-        for block in self.blocks[split:]:
-            x = block(x, *geometry.of(block))
+    def upper(self, x: Tensor, at: Geometry, split: int, wanted: Tensor | None = None) -> Tensor:
+        """Run the layers from ``split`` and the final norm: (N,D) -> (N,D), or only the ``wanted`` (M,) tokens, (M,D)."""
+        for number, block in enumerate(self.blocks[split:], split + 1):
+            x = block(x, at, wanted if number == self.depth else None)
+        if wanted is not None and split == self.depth:
+            x = x.index_select(0, wanted)
         return self.model.norm(x)
-
-    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Final normed hidden states, (B,T,D); ``hidden @ output_matrix.T`` are the logits."""
-        geometry = self.geometry(positions, mask)
-        return self.upper(self.lower(tokens, geometry, 0), geometry, 0)
 
     @property
     def output_matrix(self) -> Tensor:
@@ -327,5 +272,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B,T,V) of every position; for tests and small texts. Positions count the real tokens."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.lm_head(self.hidden(tokens, positions, mask))
+        order = (~mask).long().argsort(dim=1, stable=True)  # the tokens of a row first, wherever its padding is
+        at = self.geometry(layout := Layout.of(tokens.gather(1, order), mask.sum(1)))
+        logits = layout.rows(self.lm_head(self.upper(self.lower(at, 0), at, 0)))
+        return logits.gather(1, order.argsort(1)[..., None].expand_as(logits))

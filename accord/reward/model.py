@@ -20,7 +20,7 @@ from accord.nn.weights import fingerprint, merged_state, read_tensors, save_fold
 from accord.rollout.engine import encode_checked
 from accord.rollout.policy import Policy, share_layers
 from accord.rollout.rollout import Rollout, from_completions, micro_batches
-from accord.rollout.scoring import final_hidden
+from accord.rollout.scoring import final_states
 from accord.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -46,10 +46,13 @@ class ScalarModel(nn.Module):
         self.head.weight.data.copy_(first)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """(B,T) fp32: the head's output after reading each token. Uses the rollout's trunk if it is cut here."""
-        out: Tensor = self.head(final_hidden(self.model, rollout, self.cut).float())[..., 0]
-        return out
+    def forward(self, rollout: Rollout, where: Tensor) -> Tensor:
+        """(B,T) fp32: the head's output after reading each token that ``where`` (B,T) bool marks, 0 elsewhere.
+
+        Uses the rollout's trunk if it is cut here.
+        """
+        values: Tensor = self.head(final_states(self.model, rollout, self.cut, where).float())[:, 0]
+        return torch.zeros(where.shape, dtype=values.dtype, device=where.device).masked_scatter(where, values)
 
     def trainable(self) -> dict[str, Tensor]:
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -105,7 +108,7 @@ class RewardModel:
 
     def raw_scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores: the head's output after the last response token. Differentiable."""
-        return self.scalar(rollout).gather(1, rollout.last[:, None])[:, 0]
+        return self.scalar(rollout, rollout.at_last).sum(1)
 
     @torch.no_grad()
     def logits(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:

@@ -66,7 +66,7 @@ class Experience:
 
 def values_before(critic: ScalarModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """V of the state before each token (B,T), 0 outside the response, and V after the last token (B,)."""
-    after = critic(rollout)
+    after = critic(rollout, rollout.before_response | rollout.at_last)
     before = torch.cat((torch.zeros_like(after[:, :1]), after[:, :-1]), dim=1)
     return before.masked_fill(~rollout.response_mask, 0.0), after.gather(1, rollout.last[:, None])[:, 0]
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from accord.nn.fused import rotate_tokens
-from accord.nn.transformer import Block, Geometry, RMSNorm, Transformer, attend
+from accord.nn.attention import attend_rows, collect, lay_out
+from accord.nn.layout import Layout
+from accord.nn.transformer import Block, RMSNorm, Transformer
 from accord.rollout.matrices import Matrix, matrix
 from accord.rollout.pieces import Place, pieces_for
 
@@ -121,34 +122,37 @@ class Decoder:
             Final hidden state of each prompt's last token (P,D), and the trunk activations (P,T,D).
         """
         P, T = tokens.shape
-        positions = self.slots[:T].expand(P, T)
-        geometry = self.model.geometry(positions, positions < lengths[:, None])
+        layout = Layout.of(tokens, lengths)
+        cos, sin = self.model.rotary_emb(layout.positions, self.model.dtype)
+        c, everywhere = self.model.config, layout.everywhere
+        H, G = c.num_attention_heads, c.num_key_value_heads
 
         def attention(layer: int, joined: Tensor) -> Tensor:
-            query, key, value = self._apart(self.blocks[layer].block, joined.view(P, T, -1), geometry)
-            self.keys[layer, rows, :, :T] = key[source]
-            self.values[layer, rows, :, :T] = value[source]
-            _, _, bias = geometry.of(self.blocks[layer].block)
-            return attend(query, key, value, bias).view(P * T, -1)
+            block = self.blocks[layer].block
+            angles = (cos, sin) if block.self_attn.rotary else (None, None)
+            query, key, value = joined.view(len(joined), H + 2 * G, -1).split((H, G, G), dim=1)
+            keys, values = lay_out(key, everywhere, *angles), lay_out(value, everywhere)
+            self.keys[layer, rows, :, :T] = keys[source]
+            self.values[layer, rows, :, :T] = values[source]
+            return collect(attend_rows(lay_out(query, layout.home, *angles), keys, values, block.window), layout.home)
 
-        hidden, trunk = self._layers(tokens.reshape(-1), split, attention)
-        last = torch.arange(P, device=tokens.device) * T + lengths - 1
-        return hidden[last], trunk.view(P, T, -1)
+        hidden, trunk = self._layers(layout.tokens, split, attention)
+        last = everywhere.token[torch.arange(P, device=tokens.device), lengths - 1]
+        return hidden[last], layout.rows(trunk)
 
     def step(self, tokens: Tensor, positions: Tensor, split: int, longest: int) -> tuple[Tensor, Tensor]:
         """Read one token a row. tokens, positions (B,) -> final hidden (B,D), trunk activation (B,D).
 
         ``longest`` is 1 + the largest position, or more; keys beyond it are not looked at.
         """
-        c, window = self.model.config, self.model.config.sliding_window
-        cos, sin = self.model.rotary_emb(positions[:, None], self.model.dtype)
-        place = Place(positions, cos.reshape(len(tokens), -1), sin.reshape(len(tokens), -1), longest)
+        heads = self.model.config.num_attention_heads
+        cos, sin = self.model.rotary_emb(positions, self.model.dtype)
+        place = Place(positions, cos, sin, longest)
 
         def attention(layer: int, joined: Tensor) -> Tensor:
             block = self.blocks[layer].block
-            seen = window if block.windowed else None
             cache = self.keys[layer], self.values[layer]
-            return self.pieces.attend(joined, *cache, place, c.num_attention_heads, block.self_attn.rotary, seen)
+            return self.pieces.attend(joined, *cache, place, heads, block.self_attn.rotary, block.window)
 
         return self._layers(tokens, split, attention)
 
@@ -174,16 +178,6 @@ class Decoder:
         H, G = attention.heads, attention.groups
         query, key, value = joined.view(len(joined), H + 2 * G, -1).split((H, G, G), dim=1)
         return torch.cat((attention.q_norm(query), attention.k_norm(key), value), dim=1).view(len(joined), -1)
-
-    @staticmethod
-    def _apart(block: Block, joined: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        """(P,T,(H+2G)d) -> query (P,H,T,d), key and value (P,G,T,d), rotated."""
-        P, T, _ = joined.shape
-        H, G = block.self_attn.heads, block.self_attn.groups
-        query, key, value = joined.view(P, T, H + 2 * G, -1).split((H, G, G), dim=2)
-        if block.self_attn.rotary:
-            query, key = (rotate_tokens(x, geometry.cos, geometry.sin) for x in (query, key))
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def cache_bytes(model: Transformer, rows: int, slots: int) -> int:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accord.nn.fused import plain_rms_norm, plain_rotate_tokens
+from accord.nn.attention import attend
+from accord.nn.fused import plain_rms_norm, plain_rotate
 from accord.nn.logprobs import log_softmax_of
 from accord.nn.native import call, serves
-from accord.nn.transformer import attend, attention_bias
 from accord.rollout.sampling import draw
 
 
@@ -74,12 +74,13 @@ class Plain:
         G, d = keys.shape[1], keys.shape[3]
         query_key, value = joined.view(len(joined), -1, d).split((heads + G, G), dim=1)
         if rotary:
-            query_key = plain_rotate_tokens(query_key[:, None], place.cos[:, None, None], place.sin[:, None, None])[:, 0]
+            query_key = plain_rotate(query_key, place.cos[:, None], place.sin[:, None])
         rows, slots = torch.arange(len(joined), device=keys.device), torch.arange(place.longest, device=keys.device)
         keys[rows, :, place.positions] = query_key[:, heads:]
         values[rows, :, place.positions] = value
-        where, exists = slots.expand(len(joined), -1), torch.ones(1, 1, dtype=torch.bool, device=keys.device)
-        bias = attention_bias(place.positions[:, None], where, exists, window)
+        back = place.positions[:, None] - slots
+        hidden = (back < 0) | (back >= (window or place.longest))
+        bias = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -1e30)[:, None, None]
         return attend(query_key[:, :heads, None], keys[:, :, : place.longest], values[:, :, : place.longest], bias)[:, 0]
 
     def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

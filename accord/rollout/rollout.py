@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from accord.data.records import Completion, Prompt, Turn
+from accord.nn.layout import Layout
 
 
 @dataclass
@@ -59,6 +61,16 @@ class Rollout:
     def response_lengths(self) -> Tensor:
         return self.response_mask.sum(-1)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Its different tokens: a prompt is there once, whatever the number of its completions."""
+        return Layout.of(self.tokens, self.lengths)
+
+    @property
+    def before_response(self) -> Tensor:
+        """(B,T) bool: the tokens after which the policy chose one."""
+        return torch.cat((self.response_mask[:, 1:], torch.zeros_like(self.response_mask[:, :1])), dim=1)
+
     @property
     def group(self) -> Tensor:
         """(B,) int64: equal for completions of the same prompt."""
@@ -70,6 +82,11 @@ class Rollout:
         """(B,) int64: column of the last response token, where the score lands."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (columns * self.response_mask).amax(-1)
+
+    @property
+    def at_last(self) -> Tensor:
+        """(B,T) bool: the last response token of each row."""
+        return torch.zeros_like(self.response_mask).scatter(1, self.last[:, None], True)
 
     def select(self, rows: Tensor) -> Rollout:
         """These rows, with columns that are padding in all of them cut off."""

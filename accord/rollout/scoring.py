@@ -22,24 +22,31 @@ class Scored(NamedTuple):
 
 
 def trunk_of(start: Transformer, rollout: Rollout, split: int) -> Tensor:
-    """Activations of the frozen starting model at ``split``, (B,T,D), for whole rows."""
-    geometry = start.geometry(rollout.positions, rollout.token_mask)
-    return start.lower(rollout.tokens, geometry, split)
+    """Activations of the frozen starting model at ``split``, (B,T,D), 0 where there is no token."""
+    layout = rollout.layout
+    return layout.rows(start.lower(start.geometry(layout), split))
 
 
-def final_hidden(model: Model, rollout: Rollout, split: int) -> Tensor:
-    """Final hidden states (B,T,D) of ``model``, from the rollout's trunk if that is cut at ``split``."""
+def final_states(model: Model, rollout: Rollout, split: int, where: Tensor) -> Tensor:
+    """Final hidden states of ``model`` after the tokens that ``where`` (B,T) bool marks, row after row: (n,D).
+
+    From the rollout's trunk if that is cut at ``split``. The last layer is computed for these tokens only.
+    """
     if isinstance(model, ForeignModel):
-        return model.hidden(rollout.tokens, rollout.positions, rollout.token_mask)
-    geometry = model.geometry(rollout.positions, rollout.token_mask)
+        return model.hidden(rollout.tokens, rollout.positions, rollout.token_mask)[where]
+    layout = rollout.layout
+    at = model.geometry(layout)
+    wanted, again = layout.everywhere.token[where].unique(return_inverse=True)
     if split and rollout.trunk is not None and rollout.trunk_cut == split:
-        return model.upper(rollout.trunk, geometry, split)
-    return model.upper(model.lower(rollout.tokens, geometry, 0), geometry, 0)
+        states = model.upper(layout.lines(rollout.trunk), at, split, wanted)
+    else:
+        states = model.upper(model.lower(at, 0), at, 0, wanted)
+    return states.index_select(0, again)
 
 
 def states_of(model: Model, rollout: Rollout, split: int) -> Tensor:
     """(N,D): the hidden state before each of the N response tokens, row after row."""
-    return final_hidden(model, rollout, split)[:, :-1][rollout.response_mask[:, 1:]]
+    return final_states(model, rollout, split, rollout.before_response)
 
 
 def spread(values: Tensor, rollout: Rollout) -> Tensor:
