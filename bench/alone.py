@@ -1,5 +1,7 @@
 """accord alone: how its time and memory grow, and how far it is above what the machine could do."""
 
+import statistics
+
 import numpy as np
 
 SHAPES = ((8, 384, 6), (16, 576, 9), (30, 576, 9))  # layers, width, query heads
@@ -57,9 +59,19 @@ def growth(measure):
     return lines
 
 
-def floor(measure, decoding, ppo):
+def medians(rounds):
+    """What the floor needs of a case: of each program of ours, its numbers' medians over the rounds."""
+    out = []
+    for name in rounds[0]:
+        if name.startswith("accord"):
+            key = "parts" if "parts" in rounds[0][name] else "seconds"
+            out.append({k: statistics.median(r[name][key][k] for r in rounds) for k in rounds[0][name][key]})
+    return out[1::-1] if "rollout" in out[0] else out  # of the iterations: the one on a kept trunk, then full fine-tuning
+
+
+def floor(measure, decoding, ppo, full):
     """A Markdown section: bytes and operations of each phase over the machine's rates. ``decoding``: rows -> seconds of a step;
-    ``ppo``: seconds of each part of an iteration under the defaults (32 completions, 4 epochs)."""
+    ``ppo``, ``full``: seconds of each part of an iteration (32 completions, 4 epochs), six layers and all of them."""
     rate = measure({"what": "rates"})
     layer, layers, D, V, kv = 3.54e6, 30, 576, 49152, 2 * 3 * 64
     body, head, top = layers * layer, V * D, 6 * layer
@@ -70,15 +82,8 @@ def floor(measure, decoding, ppo):
 
     def row(name, read, operations, measured):
         least = max(read / rate["bandwidth"], operations / rate["operations"])
-        cells = [
-            name,
-            f"{read / 1e9:.2f} GB",
-            f"{operations / 1e9:.0f} GFLOP",
-            f"{1000 * least:.0f} ms",
-            f"{1000 * measured:.0f} ms",
-            f"{measured / least:.1f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [name, f"{read / 1e9:.2f} GB", f"{operations / 1e9:.0f} GFLOP", f"{1000 * least:.0f} ms", f"{1000 * measured:.0f} ms"]
+        lines.append("| " + " | ".join([*cells, f"{measured / least:.1f}"]) + " |")
 
     for rows, seconds in decoding.items():
         n = int(rows)
@@ -86,9 +91,22 @@ def floor(measure, decoding, ppo):
     rows, width, new = 32, 89, 48
     step = max((2 * (body + head) + 2 * rows * 65 * layers * kv) / rate["bandwidth"], 2 * rows * (body + head) / rate["operations"])
     prefill = 2 * rows * 41 * body
-    row("PPO defaults: rollout", rate["bandwidth"] * step * new, prefill + rate["operations"] * step * new, ppo["rollout"])
-    tokens, chosen = rows * width, rows * new
-    row("PPO defaults: scoring", 0, 2 * tokens * 4 * top + 2 * 2 * chosen * head, ppo["score"])
-    row("PPO defaults: update", 4 * 2 * 28 * 2 * top, 4 * (6 * tokens * 2 * top + 4 * chosen * head), ppo["update"])
-    lines += ["", "Operations are those of the matrix products; attention, norms and the vocabulary's softmax are not in the floor."]
-    return lines
+    tokens, chosen = rows * (width - 1), rows * new  # the last token of a row is read by the reward model only
+    for name, parts, part, matrix in (("six layers", ppo, top, 0), ("every layer", full, body, 1)):
+        row(f"PPO, {name}: rollout", rate["bandwidth"] * step * new, prefill + rate["operations"] * step * new, parts["rollout"])
+        row(f"PPO, {name}: scoring", 0, 2 * tokens * 4 * part + 2 * 2 * chosen * head, parts["score"])
+        moved = 28 * 4 * 2 * (2 * part + matrix * head)  # what AdamW reads and writes of a weight, for 4 epochs of 2 minibatches
+        row(f"PPO, {name}: update", moved, 4 * (6 * tokens * 2 * part + (4 + 4 * matrix) * chosen * head), parts["update"])
+    return [*lines, "", "Operations are those of the matrix products; attention, norms and the vocabulary's softmax are not in the floor."]
+
+
+def share(measure):
+    """A Markdown section: the parts of an iteration that are matrix products, attention and neither."""
+    full = dict(adaptation="full", top_layers=30)
+    settings = dict(prompts_per_step=32, completions_per_prompt=1, epochs=4, minibatches=2)
+    lines = ["| an iteration of PPO | seconds | matrix products | attention | the rest |", "|---|---|---|---|---|"]
+    for name, own in (("six layers on a kept trunk", {}), ("every layer", full)):
+        got = measure({"what": "share", "settings": {**settings, **own}, "reward_layers": own.get("top_layers", 6)})
+        matrix, attention = got["matrix"] / got["seconds"], got["attention"] / got["seconds"]
+        lines += [f"| {name} | {got['seconds']:.1f} | {matrix:.0%} | {attention:.0%} | {1 - matrix - attention:.0%} |"]
+    return [*lines, "", "By torch's profiler and a clock around accord's own kernels; attention includes laying heads out in rows and collecting them."]  # fmt: skip

@@ -23,13 +23,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import alone  # noqa: E402
+import reach  # noqa: E402
 
 HOME, TABLE = ROOT / "build/bench", ROOT / "bench/RESULTS.md"
 RESULTS, PYTHON = HOME / "results.json", HOME / "peers/bin/python"
 PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 OLD = HOME / "trl-1.12.0"  # the last release with PPO, beside the current one
 BATCHES = (1, 16, 64)
-ALONE = {"growth": "How accord grows", "floor": "How far above the machine's floor accord is"}
+ALONE = {
+    "reach": "Time to a held-out reward",
+    "floor": "How far above the machine's floor accord is",
+    "share": "Where an iteration's time goes",
+    "growth": "How accord grows",
+}
 
 PPO = dict(prompts_per_step=32, completions_per_prompt=1, epochs=4, minibatches=2)
 GROUP = dict(prompts_per_step=8, completions_per_prompt=4, epochs=1, minibatches=1)
@@ -37,51 +43,57 @@ FULL = dict(adaptation="full", top_layers=30)
 
 
 def cases(quick):
-    """name -> (what it is, {program: (its script, its task)}). The first program is ours, the others are what it is measured against."""
-    steps = 1 if quick else 2
-    out = {}
-    for way in ("same", "int8"):
-        ours = ("ours.py", {"what": "decode", "rows": BATCHES, "weights": way})
-        peers = {f"generate, {w}": ("peers/generate.py", {"way": w, "rows": BATCHES}) for w in ("plain", "static", "compiled")}
-        out[f"decode-{way}"] = (
-            f"A decoding step, {'bf16 weights' if way == 'same' else 'int8 weights (its tokens are weighted by the ratio to bf16)'}",
-            {"accord": ours, **(peers if way == "same" else {"generate, plain": peers["generate, plain"]})},
-        )
+    """name -> (what it is, {program: (its script, its task)}). The last program is the one that the others are compared with."""
 
     def ours(settings, reward_layers=0):
-        return "ours.py", {"what": "iteration", "settings": settings, "reward_layers": reward_layers, "steps": 3 * steps}
+        return "ours.py", {"what": "iteration", "settings": settings, "reward_layers": reward_layers, "steps": 1 if quick else 3}
 
-    trl = ("peers/ppo.py", {"steps": steps, "epochs": 4, "minibatches": 2})
-    every = "TRL 1.12.0, every weight of policy and value model"
-    out["ppo-full"] = (
-        "A PPO iteration, full fine-tuning",
-        {"accord, every layer of policy and critic": ours({**PPO, **FULL}, 30), every: trl},
-    )
-    out["ppo-default"] = (
-        "A PPO iteration, accord's defaults",
-        {"accord, six layers of policy, critic and reward model on one trunk": ours(PPO, 6), every: trl},
-    )
-    lora = ("peers/ppo.py", {**trl[1], "lora": True})
-    out["ppo-lora"] = (
-        "A PPO iteration with LoRA",
-        {
-            "accord, adapters on the policy, six layers of the critic": ours({**PPO, "adaptation": "lora"}, 6),
-            "TRL 1.12.0, adapters on the policy, every weight of the value model": lora,
-        },
-    )
+    decode = {
+        "accord": ("ours.py", {"what": "decode", "rows": BATCHES, "weights": "same"}),
+        "accord, int8 weights": ("ours.py", {"what": "decode", "rows": BATCHES, "weights": "int8"}),
+        "generate, compiled": ("peers/generate.py", {"way": "compiled", "rows": BATCHES}),
+        "generate, static cache": ("peers/generate.py", {"way": "static", "rows": BATCHES}),
+        "generate": ("peers/generate.py", {"way": "plain", "rows": BATCHES}),
+    }
+    ppo = {"steps": 1 if quick else 2, "epochs": 4, "minibatches": 2}
+    out = {
+        "decode": ("A decoding step", decode),
+        "ppo": (
+            "A PPO iteration: 4 epochs of 2 minibatches",
+            {
+                "accord, every layer of policy and critic": ours({**PPO, **FULL}, 30),
+                "accord, six layers of policy, critic and reward model on one trunk": ours(PPO, 6),
+                "accord as it starts: the same, 2 epochs": ours({**PPO, "epochs": 2}, 6),
+                "TRL 1.12.0, every weight of policy and value model": ("peers/ppo.py", ppo),
+            },
+        ),
+        "lora": (
+            "A PPO iteration with LoRA: 4 epochs of 2 minibatches",
+            {
+                "accord, adapters on the policy, six layers of the critic": ours({**PPO, "adaptation": "lora"}, 6),
+                "TRL 1.12.0, adapters on the policy, every weight of the value model": ("peers/ppo.py", {**ppo, "lora": True}),
+            },
+        ),
+    }
     for name in ("rloo", "grpo"):
         group = {**GROUP, "algorithm": name}
-        peer = {"TRL 1.16.0, every weight": ("peers/group.py", {"algorithm": name, "steps": 2 * steps})}
-        out[f"{name}-full"] = (f"{name.upper()}: an iteration, full fine-tuning", {"accord, every weight": ours({**group, **FULL}), **peer})
-        out[f"{name}-default"] = (f"{name.upper()}: an iteration, accord's defaults", {"accord, six layers": ours(group), **peer})
-    for name, layers, who in (("full", 30, "every layer"), ("default", 6, "six layers on a kept trunk")):
-        out[f"reward-{name}"] = (
-            f"Reward model, {'full fine-tuning' if name == 'full' else 'accord defaults'}: five steps of 16 pairs",
+        out[name] = (
+            f"{name.upper()}: an iteration of 8 prompts with 4 completions each, one update",
             {
-                f"accord, {who}": ("ours.py", {"what": "reward", "pairs": 96, "batch": 16, "layers": layers}),
-                "TRL 1.16.0, every weight": ("peers/reward.py", {"pairs": 96, "batch": 16}),
+                "accord, every weight": ours({**group, **FULL}),
+                "accord, six layers on a kept trunk": ours(group),
+                "TRL 1.16.0, every weight": ("peers/group.py", {"algorithm": name, "steps": 2 if quick else 4}),
             },
         )
+    pairs = {"pairs": 96, "batch": 16}
+    out["reward"] = (
+        "Reward model: five steps of 16 pairs",
+        {
+            "accord, every layer": ("ours.py", {"what": "reward", **pairs, "layers": 30}),
+            "accord, six layers on a kept trunk": ("ours.py", {"what": "reward", **pairs, "layers": 6}),
+            "TRL 1.16.0, every weight": ("peers/reward.py", pairs),
+        },
+    )
     return out
 
 
@@ -98,10 +110,11 @@ def peers():
 def measure(script, task, model):
     """Run one program; its numbers, or why there are none."""
     ours = script == "ours.py"
-    environment = {**os.environ, "PYTHONPATH": str(OLD) if script.endswith("ppo.py") else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(OLD) if script in ("peers/ppo.py", "peers/reach.py") else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
     if ours:
         environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable if ours else str(PYTHON), str(ROOT / "bench" / script), json.dumps({**task, "model": model})]
+    command = [sys.executable if ours else str(PYTHON), str(ROOT / "bench" / script), str(HOME / "task.json")]
+    (HOME / "task.json").write_text(json.dumps({**task, "model": model}))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -126,7 +139,7 @@ def table(results):
     lines = [
         "# accord beside what people use",
         "",
-        "Ratios are the peer's time over accord's in the same round: median [least, most]; above 1, accord is faster.",
+        "Each ratio is taken within a round: median [least, most]. Above 1, accord is faster, or smaller.",
         "",
     ]
     for name, case in results.items():
@@ -134,41 +147,42 @@ def table(results):
         if "lines" in case:
             lines += [*case["lines"], "", f"<sub>{case['when']}.</sub>", ""]
             continue
-        rounds, names = case["rounds"], list(case["rounds"][0])
-        if name.startswith("decode"):
-            lines += [
-                "| rows | " + " | ".join(f"{n}: ms a step" for n in names) + " | " + " | ".join(f"ratio to {n}" for n in names[1:]) + " |"
-            ]
-            lines += ["|---" * (2 * len(names)) + "|"]
-            for rows in rounds[0][names[0]]["seconds"]:
-                times = {n: [1000 * r[n]["seconds"][rows] for r in rounds] for n in names}
-                ratios = [[theirs / mine for mine, theirs in zip(times[names[0]], times[n], strict=True)] for n in names[1:]]
-                cells = [f"{statistics.median(times[n]):.1f}" for n in names] + [summary(r) for r in ratios]
-                lines += [f"| {rows} | " + " | ".join(cells) + " |"]
-            lines += [
-                "",
-                "Peak memory: " + ", ".join(f"{n} {statistics.median(r[n]['memory'] for r in rounds):.1f} GB" for n in names) + ".",
-            ]
-        else:
-            lines += ["| program | seconds | ratio | peak memory, GB | memory to accord's |", "|---|---|---|---|---|"]
-            mine = [r[names[0]] for r in rounds]
-            for n in names:
-                theirs = [r[n] for r in rounds]
-                ratio, memory = ([t[k] / m[k] for t, m in zip(theirs, mine, strict=True)] for k in ("seconds", "memory"))
-                lines += [
-                    f"| {n} | {summary([t['seconds'] for t in theirs])} | {'' if n == names[0] else summary(ratio)} | "
-                    f"{statistics.median(t['memory'] for t in theirs):.2f} | {'' if n == names[0] else f'{statistics.median(memory):.2f}'} |"
-                ]
-            if "parts" in mine[0]:
-                parts = {k: statistics.median(m["parts"][k] for m in mine) for k in mine[0]["parts"]}
-                lines += ["", "accord's seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()) + "."]
-        lines += ["", f"<sub>{len(rounds)} rounds, {case['when']}.</sub>", ""]
+        lines += decoding(case["rounds"]) if name == "decode" else programs(case["rounds"])
+        lines += ["", f"<sub>{len(case['rounds'])} rounds, {case['when']}.</sub>", ""]
     lines += [
         f"Work: SmolLM2-135M in bf16 (accord keeps trained weights in fp32, TRL in bf16 here), prompts of 41 tokens, completions of 48, 32 of them an iteration; "
         f"no token ends a completion. PPO: 4 epochs of 2 minibatches. {processor()}, {os.cpu_count()} cores; torch {version('torch')}, "
         "peers with transformers 5.17.0. Made by `make bench` (bench/compare.py); what each program runs is in bench/ours.py and bench/peers/.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def programs(rounds):
+    *mine, peer = rounds[0]
+    lines = ["| program | seconds | times faster | peak memory, GB | share of the memory |", "|---|---|---|---|---|"]
+    for name in (*mine, peer):
+        ratio, memory = [r[peer]["seconds"] / r[name]["seconds"] for r in rounds], [r[name]["memory"] / r[peer]["memory"] for r in rounds]
+        compared = ("", "") if name == peer else (f"**{summary(ratio)}**", f"{statistics.median(memory):.2f}")
+        peak = statistics.median(r[name]["memory"] for r in rounds)
+        lines += [f"| {name} | {summary([r[name]['seconds'] for r in rounds])} | {compared[0]} | {peak:.2f} | {compared[1]} |"]
+    for name in mine:
+        if "parts" in rounds[0][name]:
+            parts = {k: statistics.median(r[name]["parts"][k] for r in rounds) for k in rounds[0][name]["parts"]}
+            lines += ["", f"{name[0].upper()}{name[1:]}: " + ", ".join(f"{k} {v:.2f} s" for k, v in parts.items()) + "."]
+    return lines
+
+
+def decoding(rounds):
+    first, *others = rounds[0]
+    lines = ["| rows | " + " | ".join(f"{n}: ms" for n in (first, *others)) + " | " + " | ".join(f"{n} / accord" for n in others if n.startswith("generate")) + " |"]  # fmt: skip
+    lines += ["|---" * (lines[0].count("|") - 1) + "|"]
+    for rows in rounds[0][first]["seconds"]:
+        times = {n: [1000 * r[n]["seconds"][rows] for r in rounds] for n in (first, *others)}
+        ratios = [[b / a for a, b in zip(times[first], times[n], strict=True)] for n in others if n.startswith("generate")]
+        cells = [f"{statistics.median(t):.1f}" for t in times.values()] + [f"**{summary(r)}**" for r in ratios]
+        lines += [f"| {rows} | " + " | ".join(cells) + " |"]
+    peaks = ", ".join(f"{n} {statistics.median(r[n]['memory'] for r in rounds):.1f} GB" for n in (first, *others))
+    return [*lines, "", f"Peak memory: {peaks}."]
 
 
 def main():
@@ -200,16 +214,16 @@ def main():
     for name, title in ALONE.items():
         if (arguments.only and not any(word in name for word in arguments.only)) or arguments.quick:
             continue
-        if name == "growth":
-            lines = alone.growth(lambda task: measure("ours.py", task, model))
-        elif not {"decode-same", "ppo-default"} <= results.keys():
-            sys.exit("The floor needs the cases decode-same and ppo-default; measure them first.")
+        run = lambda task: measure("ours.py", task, model)
+        if name == "floor":
+            if not {"decode", "ppo"} <= results.keys():
+                sys.exit("The floor needs the cases decode and ppo; measure them first.")
+            (steps, _), (parts, full) = alone.medians(results["decode"]["rounds"]), alone.medians(results["ppo"]["rounds"])
+            lines = alone.floor(run, steps, parts, full)
+        elif name == "reach":
+            lines = reach.lines(measure, model)
         else:
-            decoding, ppo = (results[case]["rounds"] for case in ("decode-same", "ppo-default"))
-            mine = next(iter(ppo[0]))
-            steps = {rows: statistics.median(r["accord"]["seconds"][rows] for r in decoding) for rows in decoding[0]["accord"]["seconds"]}
-            parts = {part: statistics.median(r[mine]["parts"][part] for r in ppo) for part in ppo[0][mine]["parts"]}
-            lines = alone.floor(lambda task: measure("ours.py", task, model), steps, parts)
+            lines = {"growth": alone.growth, "share": alone.share}[name](run)
         results[name] = {"title": title, "lines": lines, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
         RESULTS.write_text(json.dumps(results))
         TABLE.write_text(table({n: results[n] for n in order if n in results}))

@@ -1,5 +1,6 @@
 """accord's side: one measurement a process (bench/compare.py starts it)."""
 
+import contextlib
 import statistics
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 import work
 
 from accord.data.records import Completion, PairGroup, Prompt
+from accord.nn import attention, fused, logprobs, native
 from accord.nn.weights import parse_config, read_config
 from accord.plan import random_model
 from accord.reward.model import RewardModel
@@ -18,6 +20,7 @@ from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import train
+from accord.rollout import matrices, pieces
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
@@ -55,8 +58,8 @@ def decode(task):
     work.report(seconds=out)
 
 
-def iteration(task):
-    """Training iterations after one to warm up: each rollout, scoring and every update."""
+def iterate(task, at_end=lambda step: None):
+    """Training iterations, one to warm up first: their stats, and when each ended."""
     policy, settings = load(task), RLSettings(max_new_tokens=task.get("response", work.RESPONSE), truncation="nothing", temperature=1.0, max_steps=1 + task["steps"],
                                               checkpoint_every=1000, warmup_steps=0, kl_warn=1e9, **task["settings"])  # fmt: skip
     if task.get("reward_layers"):
@@ -68,14 +71,94 @@ def iteration(task):
     def log(step, stats, rows):
         steps.append(stats)
         ends.append(time.perf_counter())
+        at_end(len(steps))
 
     run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
     train(policy, prompts(settings.prompts_per_step), reward, settings, run)
-    steps = [s for s in steps if "score" in s][1:]
+    return [s for s in steps if "score" in s][1:], ends, settings
+
+
+def iteration(task):
+    """Seconds of an iteration: its rollout, scoring and every update."""
+    steps, ends, settings = iterate(task)
     assert all(s["length"] == settings.max_new_tokens for s in steps)
     seconds = statistics.median(b - a for a, b in zip(ends[-len(steps) - 1 :], ends[-len(steps) :], strict=False))
     parts = {name: statistics.median(s[f"seconds/{name}"] for s in steps) for name in ("rollout", "score", "update")}
     work.report(seconds=seconds, parts=parts)
+
+
+OWN_PRODUCTS, OWN_ATTENTION = {"multiply"}, {"attend", "causal_softmax", "causal_softmax_backward", "lay_heads", "collect_heads"}
+
+
+def share(task):
+    """Seconds of the second iteration, and what of it are matrix products and attention."""
+    clock = {"matrix": 0.0, "attention": 0.0}
+    ours = native.call
+
+    def timed(name, *arguments):
+        start = time.perf_counter()
+        ours(name, *arguments)
+        for kind, names in (("matrix", OWN_PRODUCTS), ("attention", OWN_ATTENTION)):
+            clock[kind] += (time.perf_counter() - start) * (name in names)
+
+    for module in (attention, fused, logprobs, matrices, pieces):
+        module.call = timed
+    found = {}
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def at_end(step):
+        if step == 1:
+            clock.update(matrix=0.0, attention=0.0)
+            profiler.start()
+            found["start"] = time.perf_counter()
+        if step == 2:
+            found["seconds"] = time.perf_counter() - found["start"]
+            profiler.stop()
+            for event in profiler.key_averages():
+                # batched products are attention's, all others the layers' and the vocabulary's
+                kind = {"aten::bmm": "attention", "aten::mm": "matrix", "aten::addmm": "matrix", "mkldnn::_linear_pointwise": "matrix"}.get(
+                    event.key
+                )
+                if kind:
+                    clock[kind] += event.self_cpu_time_total / 1e6
+
+    iterate(task | {"steps": 1}, at_end)
+    work.report(seconds=found["seconds"], **clock)
+
+
+def reach(task):
+    """PPO as the demo sets it, until the held-out score is ``gain`` above the start: [seconds, score, KL] every second step."""
+    import yaml
+
+    given = yaml.safe_load((Path(__file__).parent.parent / "accord/recipes/demo.yaml").read_text())["rl"]
+    settings = RLSettings(**{**given, "kl_target": None, "kl_coef": task["kl_coef"], "max_steps": task["steps"], "seed": task["seed"],
+                             "validate_every": 2, "validation_prompts": 64, "checkpoint_every": 1000, "kl_warn": 1e9})  # fmt: skip
+    from reach import prompts as texts
+
+    policy = Policy.load(task["model"], "bfloat16")
+    train_on, held = ([Prompt(f"{kind}{i}", text) for i, text in enumerate(some)] for kind, some in zip("th", texts(), strict=True))
+    source = build_reward(task["reward"], policy)
+    curve, spent = [], 0.0
+
+    class Enough(Exception):
+        pass
+
+    def log(step, stats, rows):
+        nonlocal spent
+        if "score" not in stats:
+            start = Engine(policy, settings.rows).sample(held, 1, settings.sampling(10**6))
+            curve.append([0.0, float(source(start).total.mean()), 0.0])
+            return
+        spent += sum(stats[f"seconds/{part}"] for part in ("rollout", "score", "update"))
+        if "validation_score" in stats:
+            curve.append([spent, stats["validation_score"], stats["kl"]])
+            if stats["validation_score"] >= curve[0][1] + task["gain"]:
+                raise Enough
+
+    run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+    with contextlib.suppress(Enough):
+        train(policy, train_on, source, settings, run, validation=held)
+    work.report(curve=curve)
 
 
 def reward(task):
@@ -110,4 +193,4 @@ def rates(task):
 
 if __name__ == "__main__":
     task = work.task()
-    {"decode": decode, "iteration": iteration, "reward": reward, "rates": rates}[task["what"]](task)
+    {"decode": decode, "iteration": iteration, "share": share, "reach": reach, "reward": reward, "rates": rates}[task["what"]](task)

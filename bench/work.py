@@ -5,6 +5,7 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 from random import Random
 
 PROMPT, RESPONSE, ROWS = 41, 48, 32  # tokens, tokens, completions an iteration
@@ -31,8 +32,9 @@ def pairs(count, seed=0):
 
 
 def task():
-    """What this process was asked to do: a JSON object on the command line."""
-    return json.loads(sys.argv[1])
+    """What this process was asked to do: a JSON object on the command line, or the name of a file with one."""
+    given = sys.argv[1]
+    return json.loads(given if given.startswith("{") else Path(given).read_text())
 
 
 def clock(function):
