@@ -78,7 +78,9 @@ MUTANTS = [
     ("nn/logprobs", "(P * (p - q - (P * (p - q))", "(P * (p - q + (P * (p - q))", "exact KL: sign in its gradient", ALG, "exact_kl"),
     ("nn/logprobs", "(q.exp() - P) * g", "(P - q.exp()) * g", "exact KL: sign of the other side's gradient", ALG, "exact_kl"),
     ("nn/logprobs", "probability.cumsum(-1) - probability < top_p", "probability.cumsum(-1) < top_p", "nucleus: the token that reaches the mass left out", ALG, "nucleus"),
-    ("rollout/scoring", "[:, :-1][rollout.response_mask[:, 1:]]", "[:, 1:][rollout.response_mask[:, 1:]]", "state after the token for the state before it", ALG, LOSS + " and reinforce"),
+    ("nn/layout", "common.long().cumprod(1).sum(1)", "common.long().sum(1)", "tokens shared after rows have parted", "test_layout.py", "beginning"),
+    ("nn/attention", "hidden = (distance < 0) |", "hidden = (distance > 0) |", "attention to what comes after", "test_layout.py", "attention_and"),
+    ("rollout/rollout", "torch.cat((self.response_mask[:, 1:], torch.zeros_like(self.response_mask[:, :1])), dim=1)", "self.response_mask", "state after the token for the state before it", ALG, LOSS + " and reinforce"),
     # Algorithms.
     ("rl/algorithms/base", '"entropy": s.entropy_coef * entropy}', '"entropy": -s.entropy_coef * entropy}', "sign of the entropy bonus", ALG, LOSS + " and a2c"),
     ("rl/algorithms/base", "-s.value_coef * value.loss", "-value.loss", "c1 forgotten", ALG, LOSS + " and a2c"),

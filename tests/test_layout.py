@@ -35,7 +35,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("pad", [0, 6])  # also padding that looks like a token
-@pytest.mark.parametrize("rows", [ROWS, ROWS[2:3], [[1, 2], [3, 4]], [[4, 4, 4]] * 3])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[2:3], [[1, 2], [3, 4]], [[4, 4, 4]] * 3, [[1, 2, 3, 4], [1, 5, 3, 4], [6, 5, 3]]])
 def test_every_beginning_is_there_once(rows, pad):
     layout = layout_of(rows, pad)
     numbers = {}
