@@ -309,7 +309,8 @@ def _measure(model: Transformer, s: RLSettings, prompt: int, reward_layers: int)
     # Scoring and updating, on rows of the run's width.
     width = prompt + s.max_new_tokens
     count = max(min(s.micro_batch_tokens // width, max(wanted // s.minibatches, 1), max(2048 // width, 1)), 1)
-    rollout = _rollout(model, count, prompt, s.max_new_tokens)
+    each_prompt = s.completions_per_prompt if s.minibatches == 1 else 1  # minibatches are drawn from rows, whatever their prompt
+    rollout = _rollout(model, count, prompt, s.max_new_tokens, each_prompt)
     tokens = count * width
     trunk = _least(lambda: _with_trunk(state.policy, rollout))
     forward = _least(lambda: score(model, rollout, 0, 1.0, s.micro_batch_tokens))
@@ -340,11 +341,12 @@ def _reward_step(start: Policy, rollout: Rollout, layers: int) -> None:
     scalar(rollout, rollout.at_last).sum().backward()
 
 
-def _rollout(model: Transformer, count: int, prompt: int, new: int) -> Rollout:
+def _rollout(model: Transformer, count: int, prompt: int, new: int, each: int = 1) -> Rollout:
+    """``count`` completions, ``each`` of the same prompt."""
     rows = []
     for i in range(count):
-        row = Row(Prompt(f"p{i}", ""), 0)
-        row.extend([(i + k) % model.config.vocab_size for k in range(prompt)], chosen=False)
+        row = Row(Prompt(f"p{i // each}", ""), i % each)
+        row.extend([(i // each + k) % model.config.vocab_size for k in range(prompt)], chosen=False)
         row.extend([(3 * i + k) % model.config.vocab_size for k in range(new)], chosen=True)
         rows.append(row)
     return replace(from_rows(rows, [False] * count, [""] * count, 0, model.device, sampled=False), step_rewards=None)
