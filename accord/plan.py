@@ -25,6 +25,7 @@ from accord.errors import UserError
 from accord.nn.layout import Layout
 from accord.nn.loading import default_device, model_folder, resolve_dtype
 from accord.nn.logprobs import CHUNK
+from accord.nn.memory import keep_freed_memory
 from accord.nn.transformer import Block, Geometry, ModelConfig, Transformer
 from accord.nn.weights import is_native, parse_config, read_config
 from accord.progress import console
@@ -235,6 +236,8 @@ def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
 
 def random_model(config: ModelConfig, layers: int, dtype: torch.dtype, device: torch.device | None = None) -> Transformer:
     """A frozen model of that shape with fewer layers and weights of no meaning."""
+    if device is None or device.type == "cpu":
+        keep_freed_memory()  # as where a real one is loaded
     few = replace(config, num_hidden_layers=layers, windowed=config.windowed[:layers], rotary=config.rotary[:layers])
     with torch.device("meta"):
         model = Transformer(few)

@@ -57,8 +57,9 @@ def test_silu(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, groups", [(9, 3), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rotary, window", [(True, None), (False, None), (True, 5)])
-def test_attention_writes_and_reads_the_cache(dtype, heads, groups, rotary, window):
-    rows, d, slots = 5, 16, 24
+@pytest.mark.parametrize("d", [16, 64, 80, 128])  # 64 and 128 have forms of their own
+def test_attention_writes_and_reads_the_cache(dtype, heads, groups, rotary, window, d):
+    rows, slots = 5, 24
     joined = random(rows, (heads + 2 * groups) * d, dtype=dtype)
     keys, values = (random(rows, groups, slots, d, dtype=dtype, seed=i) for i in (1, 2))
     positions = torch.tensor([0, 3, 11, 22, 7])
@@ -218,19 +219,22 @@ def test_panels(outputs, inputs, bias):
 def test_freed_memory_is_kept():
     """A tensor of the same size takes no new pages from the system; in a process of its own, which the rest does not touch."""
     code = (
-        "import resource, torch\n"
+        "import resource, sys, torch\n"
         "from accord.nn.memory import keep_freed_memory\n"
-        "keep_freed_memory()\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(2**24)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "found = [faults() for _ in range(24)]\n"  # an aligned block fits into a hole of its size only once there are a few
-        "assert found[0] > 1000 > max(found[-4:]), found\n"
+        "print(max(found[-4:]))\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    new_pages = []
+    for way in ("keep", "give back"):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, env=environment, check=True)
+        new_pages.append(int(done.stdout))
+    assert new_pages[0] * 10 < new_pages[1]
 
 
 @pytest.mark.parametrize("pieces", [Native(), Plain()])

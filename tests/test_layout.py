@@ -20,6 +20,7 @@ from accord.nn.attention import (
 from accord.nn.fused import twice_differentiable
 from accord.nn.layout import Layout, Places
 from accord.nn.loading import load_model
+from accord.rollout.matrices import Panels
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [1], [5, 6, 7, 8], [5, 6, 7], [2, 6, 7, 8, 9, 3], [5]]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -76,7 +77,7 @@ def test_passages_and_their_gradients(dtype, turned, whose):
     """By the kernels, against differentiating torch's own steps in float64."""
     layout = layout_of(ROWS)
     wanted = torch.tensor([1, 4, 5])
-    places = layout.only(wanted) if whose == "some" else getattr(layout, whose)
+    places = layout.home_of(wanted) if whose == "some" else getattr(layout, whose)
     tokens, heads, d = len(places.offsets) - 1, 3, 34
     cos, sin = angles(tokens, d, dtype) if turned else (None, None)
     given = random(tokens, heads + 2, d, dtype=dtype, seed=1)
@@ -167,17 +168,51 @@ def test_a_shared_beginning_changes_nothing(tmp_path, kind):
             torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_second_derivatives_go_through():
-    layout = layout_of(ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives(dtype):
+    """Within twice_differentiable, against differences of first derivatives; the kernels are not asked there."""
+    layout = layout_of([[1, 2, 3], [1, 4]])
+    turned = [a.double() for a in angles(len(layout), 4, torch.float32)]
+
+    def through(x):
+        rows = lay_out(x, layout.everywhere, *(a.to(x.dtype) for a in turned))
+        return collect(attend_rows(rows, rows, rows), layout.home)
+
     with twice_differentiable():
-        x = random(len(layout), 2, 8).requires_grad_()
-        rows = lay_out(x, layout.everywhere, *angles(len(layout), 8, torch.float32))
-        out = collect(attend_rows(rows, rows, rows), layout.home)
-        (first,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(2).sum(), x)
-    assert second.abs().max() > 0.01
+        if dtype == torch.float64:
+            assert torch.autograd.gradgradcheck(through, random(len(layout), 1, 4, dtype=dtype).requires_grad_())
+        else:
+            (first,) = torch.autograd.grad(through(x := random(len(layout), 1, 4).requires_grad_()).pow(2).sum(), x, create_graph=True)
+            assert torch.autograd.grad(first.pow(2).sum(), x)[0].abs().max() > 0.01
 
 
-def test_places_say_whether_a_token_stands_once():
-    assert layout_of([[1, 2], [3]]).everywhere.single and not layout_of(ROWS).everywhere.single
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+def test_two_threads_compute_what_one_does():
+    """Bit for bit, and large enough that the kernels use both."""
+    rows = [[k, *range(10, 40 + b)] for k in range(3) for b in range(5)]
+    layout = layout_of(rows)
+    x = random(len(layout), 9, 64, dtype=torch.bfloat16)
+    weight, few = random(300, 64, dtype=torch.bfloat16, seed=1), random(40, 64, dtype=torch.bfloat16, seed=2)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            given = x.clone().requires_grad_()
+            heads = lay_out(given, layout.everywhere, *angles(len(layout), 64, torch.bfloat16))
+            out = collect(attend_rows(heads, heads[:, :3], heads[:, 3:6], 20), layout.home)
+            out.backward(random(*out.shape, dtype=torch.bfloat16, seed=3))
+            found.append((out.detach(), given.grad, Panels(weight, None)(few)))
+        finally:
+            torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_tokens_and_no_rows():
+    nothing = Places.once(torch.empty(0, dtype=torch.long), torch.Size((2, 3)))
+    for form in (lay_out, plain_lay_out):
+        assert torch.equal(form(torch.empty(0, 2, 8), nothing), torch.zeros(2, 2, 3, 8))
+    assert len(Layout.of(torch.empty(0, 4, dtype=torch.long), torch.empty(0, dtype=torch.long))) == 0
+    assert Panels(random(16, 4, dtype=torch.bfloat16), None)(torch.empty(0, 4, dtype=torch.bfloat16)).shape == (0, 16)
     assert np.array_equal(Places.once(torch.tensor([2, 0]), torch.Size((2, 2))).token, [[1, -1], [0, -1]])

@@ -1,7 +1,8 @@
 """Causal attention of rows, with its passages from tokens to rows and back (:mod:`accord.nn.layout`).
 
 Shapes: N tokens, B rows of T places, H query heads, G key/value heads, d head width. On a CPU by the kernels of
-kernels.cpp and torch's batched products; elsewhere, in float64 and where second derivatives are wanted, in torch alone.
+kernels.cpp, with torch's batched products for rows up to some length and its fused kernel beyond; elsewhere, in float64 and
+where second derivatives are wanted, in torch alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from accord.nn.fused import only_plain, plain_rotate, served
+from accord.nn.fused import by_kernels, only_plain, plain_rotate
 from accord.nn.layout import Places
 from accord.nn.native import call
 
@@ -27,7 +28,7 @@ def lay_out(x: Tensor, places: Places, cos: Tensor | None = None, sin: Tensor | 
 
     cos, sin (N,d), alike in both halves: each pair (i, i + d/2) of channels turns by its token's angle; None turns nothing.
     """
-    if served(x):
+    if by_kernels(x):
         out: Tensor = _LayOut.apply(x, places, cos, sin)
         return out
     return plain_lay_out(x, places, cos, sin)
@@ -37,13 +38,15 @@ def plain_lay_out(x: Tensor, places: Places, cos: Tensor | None = None, sin: Ten
     """:func:`lay_out` in torch."""
     if cos is not None and sin is not None:
         x = plain_rotate(x, cos[:, None], sin[:, None])
-    rows = x.index_select(0, places.token.clamp(min=0).flatten()).unflatten(0, places.token.shape)
-    return rows.masked_fill((places.token < 0)[..., None, None], 0).transpose(1, 2)
+    if len(places.places) > len(x):  # a token with several places gets a sum of gradients: in fp32, as the kernels add
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).index_select(0, places.owners).to(x.dtype)
+    rows = x.new_zeros(places.token.numel(), *x.shape[1:]).index_copy(0, places.places, x)
+    return rows.unflatten(0, places.token.shape).transpose(1, 2)
 
 
 def collect(rows: Tensor, places: Places) -> Tensor:
     """Heads of tokens from their places, of which each has one: (B,H,T,d) -> (N,H*d)."""
-    if served(rows):
+    if by_kernels(rows):
         out: Tensor = _Collect.apply(rows, places)
         return out.flatten(1)
     return plain_collect(rows, places)
@@ -65,7 +68,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, window: int | None = 
         return plain_attend_rows(query, key, value, window)
     if query.is_cuda or WRITTEN_OUT.get(query.dtype, T) < T:
         return fused_attend_rows(query, key, value, window)
-    if served(query):
+    if by_kernels(query):
         out: Tensor = _Attend.apply(query, key, value, window)
         return out
     return plain_attend_rows(query, key, value, window)

@@ -37,14 +37,14 @@ def only_plain() -> bool:
     return _Plain.wanted
 
 
-def served(x: Tensor) -> bool:
+def by_kernels(x: Tensor) -> bool:
     """Whether the kernels are to compute this, forwards and backwards."""
     return not only_plain() and serves(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32 inside (Zhang & Sennrich 2019, eq. 4)."""
-    if served(x):
+    if by_kernels(x):
         out: Tensor = _Norm.apply(x, weight, eps)
         return out
     return plain_rms_norm(x, weight, eps)
@@ -59,7 +59,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if served(gate):
+    if by_kernels(gate):
         out: Tensor = _SiluMul.apply(gate, up)
         return out
     return F.silu(gate) * up

@@ -38,9 +38,9 @@ class Places:
         return cls(token.view(shape), places, numbers)
 
     @property
-    def single(self) -> bool:
-        """Whether every token stands at one place."""
-        return len(self.places) == len(self.offsets) - 1
+    def owners(self) -> Tensor:
+        """(P,) int64: the token at each of ``places``."""
+        return self.token.flatten()[self.places]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Layout:
         B, T = tokens.shape
         device, sizes = tokens.device, lengths.tolist()
         rows: Sequence[list[int]] = [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)]
-        order = torch.tensor(sorted(range(B), key=rows.__getitem__), device=device)
+        order = torch.tensor(sorted(range(B), key=rows.__getitem__), dtype=torch.long, device=device)
         # In this order a row shares its longest beginning with the row before it; what is beyond that is new.
         ordered, exists = tokens[order], torch.arange(T, device=device) < lengths[order][:, None]
         common = (ordered[1:] == ordered[:-1]) & exists[1:] & exists[:-1]
@@ -90,14 +90,14 @@ class Layout:
 
     def rows(self, x: Tensor) -> Tensor:
         """A line a token (N,...) -> a line a place (B,T,...), 0 where there is no token."""
-        token = self.everywhere.token
-        out = x.index_select(0, token.clamp(min=0).flatten()).unflatten(0, token.shape)
-        return out.masked_fill((token < 0)[(...,) + (None,) * (x.ndim - 1)], 0)
+        out = x.new_zeros(self.everywhere.token.numel(), *x.shape[1:])
+        out[self.everywhere.places] = x[self.everywhere.owners]
+        return out.unflatten(0, self.everywhere.token.shape)
 
     def lines(self, x: Tensor) -> Tensor:
         """A line a place (B,T,...) -> a line a token (N,...), from where its home is."""
         return x.flatten(0, 1).index_select(0, self.home.places)
 
-    def only(self, wanted: Tensor) -> Places:
+    def home_of(self, wanted: Tensor) -> Places:
         """Home of some of the tokens. wanted (M,) numbers."""
         return Places.once(self.home.places[wanted], self.home.token.shape)

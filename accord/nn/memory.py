@@ -15,10 +15,11 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next tensor of that size, instead of giving it back to the system.
 
     A tensor of many megabytes is otherwise mapped, filled with zeros a page at a time and unmapped again at every use, which
-    took a third of an update (bench/LOG.md). The most that a process holds at once stays what it was. Does nothing without
-    glibc, and where ``MALLOC_TRIM_THRESHOLD_`` or ``GLIBC_TUNABLES`` say what the user wants.
+    took an eighth of an update of every layer (bench/LOG.md, also for peak memory). Does nothing without glibc, and where the
+    environment says what the user wants of it (``MALLOC_*_``, ``GLIBC_TUNABLES``).
     """
-    if platform.libc_ver()[0] != "glibc" or {"MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    if told or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)

@@ -122,7 +122,7 @@ class Attention(nn.Module):
         """x (N,D) -> (N,D), or the lines of the ``wanted`` (M,) tokens only, (M,D)."""
         key = self.k_proj(x).view(len(x), self.groups, self.head_dim)
         value = self.v_proj(x).view(len(x), self.groups, self.head_dim)
-        x, home, cos, sin = at.looking(x, wanted)
+        x, home, cos, sin = at.queries(x, wanted)
         query = self.q_proj(x).view(len(x), self.heads, self.head_dim)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -175,11 +175,11 @@ class Geometry:
     cos: Tensor
     sin: Tensor
 
-    def looking(self, x: Tensor, wanted: Tensor | None) -> tuple[Tensor, Places, Tensor, Tensor]:
+    def queries(self, x: Tensor, wanted: Tensor | None) -> tuple[Tensor, Places, Tensor, Tensor]:
         """Of the tokens whose queries look: their lines of x, their places, their cos and sin."""
         if wanted is None:
             return x, self.layout.home, self.cos, self.sin
-        return x.index_select(0, wanted), self.layout.only(wanted), self.cos[wanted], self.sin[wanted]
+        return x.index_select(0, wanted), self.layout.home_of(wanted), self.cos[wanted], self.sin[wanted]
 
 
 class Rotary(nn.Module):
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         return self.lm_head.weight
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B,T,V) of every position; for tests and small texts. Positions count the real tokens."""
+        """Logits (B,T,V) of every token, 0 where ``mask`` is False; for tests and small texts. Positions count the tokens."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         order = (~mask).long().argsort(dim=1, stable=True)  # the tokens of a row first, wherever its padding is
         at = self.geometry(layout := Layout.of(tokens.gather(1, order), mask.sum(1)))

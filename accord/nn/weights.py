@@ -67,7 +67,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=_even(raw.get("head_dim") or raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -80,6 +80,12 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         rotary=tuple(bool(r) for r in no_rope) if no_rope else (),
         rope=rope,
     )
+
+
+def _even(head_dim: int) -> int:
+    if head_dim % 2:
+        raise UserError(f"config.json: heads are {head_dim} wide, and rotary positions turn pairs of channels; the width must be even.")
+    return head_dim
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -92,7 +92,6 @@ class Decoder:
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
         self.keys = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         self.values = torch.zeros_like(self.keys)
-        self.slots = torch.arange(slots, device=self.model.device)
 
     def release(self) -> None:
         """Give back the cache and the copies of weights that train; until the next :meth:`refresh` nothing is decoded."""
