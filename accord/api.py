@@ -170,7 +170,8 @@ def judge(reward: Any, start: Policy, settings: RLSettings, environment: Environ
     """What scores completions. With logged ones, which have their scores, there may be no other."""
     if logged and reward is None and environment is None:
         return Reward([])
-    return build_reward(reward, start, settings.reward_timeout, environment.name if environment else None)
+    own = environment.name if environment else None
+    return build_reward(reward, start, settings.reward_timeout, own, settings.reward_memory)
 
 
 def validation_of(reward: Any, environment: Environment | None, validation: Sequence[Prompt] | None) -> list[Prompt]:

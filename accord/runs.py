@@ -24,7 +24,7 @@ from accord.progress import console
 from accord.rl.trainer import Saved
 
 FORMAT = 2
-LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl")
+LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl", "rejects.jsonl")
 
 
 class Run:
@@ -170,7 +170,7 @@ class Run:
 
     def _cut_back(self, step: int) -> None:
         """Drop what was logged after the checkpoint that training goes on from; it will be written again."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "rejects.jsonl"):
             path = self.folder / name
             if path.exists():
                 kept = [row for row in read_lines(path) if row["step"] < step and (step > 0 or row["step"] >= 0)]

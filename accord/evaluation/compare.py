@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from accord.data.records import Completion, Prompt
 from accord.data.statistics import Estimate, bootstrap_mean, bootstrap_ratio
+from accord.errors import UserError
 from accord.feedback.criterion import judge
 from accord.feedback.toxicity import toxicity
-from accord.progress import bar
+from accord.progress import bar, console
+from accord.reward.functions import told
 from accord.reward.sources import Reward
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
@@ -23,6 +25,8 @@ from accord.rollout.scoring import kl_between, score
 
 TIE = 0.01
 """Gold scores closer than this are a tie; a tie is half a win."""
+MAX_REJECTED = 0.05
+"""Share of completions that a reward may fail on."""
 
 
 class EvaluationSettings(BaseModel):
@@ -150,6 +154,11 @@ def _measure(policy: Policy, rollout: Rollout, reward: Reward | None, gold: bool
     values: dict[str, list[float]] = {}
     if reward is not None:
         given = reward(rollout)  # a skipped completion has no score: NaN, left out below
+        if given.rejects:
+            text = told(given.rejects, len(rollout))
+            if len(given.rejects) > max(MAX_REJECTED * len(rollout), 1):
+                raise UserError(f"{text}. Mend the reward and evaluate again.")
+            console.print(f"[yellow]{text}; they are left out.[/]", soft_wrap=True)
         values["score"] = given.total.masked_fill(~given.valid, float("nan")).tolist()
     if gold:
         values["gold"] = [j.gold for j in judge(completions)]

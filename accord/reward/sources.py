@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import pickle
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,11 +13,10 @@ from torch import Tensor
 
 from accord.data.records import Completion
 from accord.errors import UserError, first_line
+from accord.reward.functions import CallableSource, Contained, FunctionSource, Reject, RewardFunction
 from accord.reward.model import RewardModel
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float | None]]
 
 
 class Source(Protocol):
@@ -39,8 +30,9 @@ class Source(Protocol):
 
 class Scores(NamedTuple):
     total: Tensor  # (B,) weighted sum; 0 where invalid
-    valid: Tensor  # (B,) bool, False where a component gave None
+    valid: Tensor  # (B,) bool, False where a component gave None or failed
     parts: dict[str, list[float | None]]  # each component, unweighted
+    rejects: Sequence[Reject] = ()  # what components failed on
 
 
 class Reward:
@@ -59,102 +51,19 @@ class Reward:
     def __call__(self, rollout: Rollout) -> Scores:
         total = torch.zeros(len(rollout), device=rollout.tokens.device)
         valid = torch.ones(len(rollout), dtype=torch.bool, device=rollout.tokens.device)
-        parts = {}
+        parts, rejects = {}, []
         for weight, source in self.sources:
             values = source.score(rollout)
+            rejects += source.rejects if isinstance(source, Contained) else []
             parts[source.name] = values
             valid &= torch.tensor([v is not None for v in values], device=valid.device)
             total += weight * torch.tensor([v if v is not None else 0.0 for v in values], device=total.device)
-        return Scores(torch.where(valid, total, 0.0), valid, parts)
+        return Scores(torch.where(valid, total, 0.0), valid, parts, rejects)
 
     def close(self) -> None:
         for _, source in self.sources:
             if isinstance(source, FunctionSource):
                 source.close()
-
-
-def check_scores(name: str, values: Any, rollout: Rollout) -> list[float | None]:
-    """One finite number or None a completion, or an error that names the function and the sample."""
-    if hasattr(values, "tolist"):  # an array or tensor
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise UserError(f"Reward '{name}' must return a list; it returned {type(values).__name__}.")
-    if len(values) != len(rollout):
-        raise UserError(f"Reward '{name}' returned {len(values)} scores for {len(rollout)} completions; return one for each, None to skip.")
-    out: list[float | None] = []
-    for row, value in enumerate(values):
-        if value is None:
-            out.append(None)
-            continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise UserError(
-                f"Reward '{name}' returned {value!r} for completion {rollout.indices[row]} of prompt "
-                f"'{rollout.prompts[row].id}' ({rollout.texts[row][:60]!r}); return a finite number, or None to skip it."
-            )
-        out.append(number)
-    return out
-
-
-class FunctionSource:
-    """``package.module:function`` in a worker process with a time limit."""
-
-    def __init__(self, path: str, timeout: float = 60.0) -> None:
-        self.name, self.timeout = path, timeout
-        command = [sys.executable, "-m", "accord.reward.worker", path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # it finds what this process finds
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._questions = Connection(os.dup(self._process.stdin.fileno()), readable=False)
-        self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._receive("could not be imported")
-
-    def score(self, rollout: Rollout) -> list[float | None]:
-        try:
-            self._questions.send(([p.text for p in rollout.prompts], list(rollout.texts)))
-        except OSError:
-            raise UserError(f"Reward '{self.name}': its process has ended; see its own output above.") from None
-        return check_scores(self.name, self._receive("raised"), rollout)
-
-    def _receive(self, failed: str) -> Any:
-        try:
-            if not self._answers.poll(self.timeout):
-                self.close()
-                raise UserError(
-                    f"Reward '{self.name}' did not answer within {self.timeout:g} s and was stopped; make it faster or raise reward_timeout."
-                )
-            kind, value = self._answers.recv()
-        except (EOFError, OSError, pickle.UnpicklingError, AttributeError, ImportError):
-            raise UserError(f"Reward '{self.name}': its process died (exit code {self._process.wait()}); it must return a list.") from None
-        if kind == "error":
-            raise UserError(f"Reward '{self.name}' {failed}: {value}")
-        return value
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # with whatever the function started
-        self._process.wait()
-        self._questions.close()
-        self._answers.close()
-
-
-class CallableSource:
-    """A Python function given in a notebook: called directly, trusted, without a time limit."""
-
-    def __init__(self, function: RewardFunction) -> None:
-        self.name, self._function = getattr(function, "__name__", "function"), function
-
-    def score(self, rollout: Rollout) -> list[float | None]:
-        try:
-            values = self._function([p.text for p in rollout.prompts], list(rollout.texts))
-        except Exception as error:
-            raise UserError(f"Reward '{self.name}' raised: {type(error).__name__}: {error}") from error
-        return check_scores(self.name, values, rollout)
 
 
 class EnvironmentSource:
@@ -229,7 +138,9 @@ class ClassifierSource:
         return out
 
 
-def parse_reward(spec: str | RewardModel | RewardFunction, policy: Policy, timeout: float) -> tuple[float, Source]:
+def parse_reward(
+    spec: str | RewardModel | RewardFunction, policy: Policy, timeout: float, memory: float | None = None
+) -> tuple[float, Source]:
     """``[WEIGHT*]FOLDER | [WEIGHT*]module:function | [WEIGHT*]classifier:NAME[@LABEL]``, or the object itself."""
     if isinstance(spec, RewardModel):
         return 1.0, RewardModelSource("reward_model", spec, policy)
@@ -247,22 +158,25 @@ def parse_reward(spec: str | RewardModel | RewardFunction, policy: Policy, timeo
     if Path(name).is_dir():
         return weight, RewardModelSource(name, RewardModel.load(name, policy), policy)
     if re.fullmatch(r"[\w.]+:\w+", name):
-        return weight, FunctionSource(name, timeout)
+        return weight, FunctionSource(name, timeout, memory)
     raise UserError(
         f"Reward '{name}' is neither a folder, nor module:function, nor classifier:NAME. "
         "Train a reward model with accord reward, or write a function over texts."
     )
 
 
-def build_reward(specs: Any, policy: Policy, timeout: float = 60.0, environment: str | None = None) -> Reward:
-    """A :class:`Reward` from one spec or a list of them (see :func:`parse_reward`), besides what an environment gives."""
+def build_reward(specs: Any, policy: Policy, timeout: float = 60.0, environment: str | None = None, memory: float | None = None) -> Reward:
+    """A :class:`Reward` from one spec or a list of them (see :func:`parse_reward`), besides what an environment gives.
+
+    ``timeout`` (seconds a call) and ``memory`` (gigabytes) are the limits of functions given by name.
+    """
     many = [] if specs is None else specs if isinstance(specs, (list, tuple)) else [specs]
     if not many and environment is None:
         raise UserError("No reward given: use --reward FOLDER, module:function or classifier:NAME.")
     reward = Reward([] if environment is None else [(1.0, EnvironmentSource(environment))])
     try:
         for spec in many:
-            reward.add(*parse_reward(spec, policy, timeout))
+            reward.add(*parse_reward(spec, policy, timeout, memory))
     except UserError:
         reward.close()
         raise

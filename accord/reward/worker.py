@@ -1,6 +1,6 @@
 """The process in which a user's reward function runs, so that a crash or a hang there harms nothing here.
 
-Started as ``python -m accord.reward.worker package.module:function``: a fresh interpreter that imports the
+Started as ``python -m accord.reward.worker package.module:function GIGABYTES`` (0: no limit): a fresh interpreter that imports the
 function's module and nothing of the script that asked for it. It speaks over its standard input and output;
 what the function prints goes to standard error.
 """
@@ -8,7 +8,9 @@ what the function prints goes to standard error.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -28,40 +30,88 @@ def find_function(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def plain(scores: Any) -> Any:
-    """Scores as Python numbers: an array or tensor, or a list that may hold them. What they are is checked where they arrive."""
+def plain(scores: Any, count: int) -> list[Any]:
+    """``count`` scores as floats or None; what is neither becomes ``{"returned": what it looks like}``.
+
+    Raises:
+        TypeError: it is not a list of that many scores, so that nobody can say which is whose.
+    """
     if hasattr(scores, "tolist"):
-        return scores.tolist()
+        scores = scores.tolist()
     if not isinstance(scores, (list, tuple)):
         raise TypeError(f"it must return a list with a number for each completion; it returned {type(scores).__name__}")
-    return [score.tolist() if hasattr(score, "tolist") else score for score in scores]
+    if len(scores) != count:
+        raise TypeError(f"it returned {len(scores)} scores for {count} completions; return one for each, None to skip")
+    return [_number(score) for score in scores]
 
 
-def serve(path: str, questions: Connection, answers: Connection) -> None:
-    """Answer (prompts, completions) with ("ok", scores) or ("error", message) until the questions end."""
+def _number(score: Any) -> Any:
+    if score is None:
+        return None
+    try:
+        return float(score)
+    except Exception:
+        try:
+            return {"returned": repr(score)[:100]}
+        except Exception:
+            return {"returned": f"a {type(score).__name__}"}
+
+
+def serve(path: str, questions: Connection, answers: int) -> None:
+    """Answer (prompts, completions) until the questions end: ["ok", scores], ["error", why], or ["wrong", why] if asking again
+    with fewer completions would not tell more. An answer is a line of JSON: nothing of the function's own is opened by the process that asked.
+    """
+
+    def answer(kind: str, value: Any) -> None:
+        line = json.dumps([kind, value]).encode() + b"\n"
+        while line:
+            line = line[os.write(answers, line) :]
+
     try:
         function = find_function(path)
-        answers.send(("ok", None))
+        answer("ok", None)
     except BaseException as error:
-        answers.send(("error", f"{type(error).__name__}: {error}"))
+        answer("error", f"it raised {_told(error)}")
         return
+    own = os.getpid()
     while True:
         try:
             prompts, completions = questions.recv()
         except (EOFError, OSError):
             return
         try:
-            answers.send(("ok", plain(function(prompts, completions))))
+            scores = function(list(prompts), list(completions))
         except BaseException as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            answers.send(("error", f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"))
+            outcome: tuple[str, Any] = "error", f"it raised {_told(error)}"
+        else:
+            try:
+                outcome = "ok", plain(scores, len(completions))
+            except TypeError as error:
+                outcome = "wrong", str(error)
+            except BaseException as error:
+                outcome = "error", f"what it returned raised {_told(error)}"
+        if os.getpid() != own:  # the function forked, and this is the child: it has nothing to answer
+            os._exit(0)
+        answer(*outcome)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        text = str(error)[:500]
+    except Exception:
+        text = ""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    questions, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+    questions, answers = Connection(os.dup(0), writable=False), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function starts or reads must not touch the two pipes
     os.dup2(2, 1)
+    if memory := float(sys.argv[2]):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     serve(sys.argv[1], questions, answers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from accord.nn.loading import Model
 from accord.nn.transformer import Transformer
+from accord.reward.functions import Reject
 from accord.reward.model import ScalarModel
 from accord.reward.sources import Reward
 from accord.rl.kl import kl_estimate
@@ -32,6 +34,7 @@ class Experience:
         rewards, advantages, returns: (B,T), 0 until the algorithm fills them in.
         kl_coef: the coefficient of this step. guide: what restricted the tokens, if something did.
         old_model: the policy that sampled, if the algorithm asked for a copy.
+        rejects: what a reward failed on, of all rows.
     """
 
     rollout: Rollout
@@ -52,6 +55,7 @@ class Experience:
     kl_coef: float = 0.0
     guide: Guide | None = None
     old_model: Model | None = None
+    rejects: Sequence[Reject] = ()
 
     def select(self, rows: Tensor) -> Experience:
         rollout = self.rollout.select(rows)
@@ -139,4 +143,5 @@ def score_rollout(
         returns=torch.zeros_like(values),
         guide=guide,
         old_model=old_model,
+        rejects=scored.rejects,
     )

@@ -104,6 +104,10 @@ class RLSettings(BaseModel):
         10, ge=1, description="Steps between checkpoints; the newest two and the best by validation score are kept"
     )
     reward_timeout: float = Field(60.0, gt=0, description="Seconds a reward function may take for one step's completions")
+    reward_memory: float | None = Field(8.0, gt=0, description="Gigabytes a reward function may hold; null: no limit")
+    max_rejected: float = Field(
+        0.05, ge=0, le=1, description="Stop when a reward has failed on more than this share of the completions (see rejects.jsonl)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Dtype of the computation; trained weights are kept in float32"
     )

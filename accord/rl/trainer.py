@@ -15,6 +15,7 @@ from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.transformer import Transformer
 from accord.progress import bar, safe_point, stop_requested
+from accord.reward.functions import told
 from accord.reward.model import RewardModel, ScalarModel
 from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.algorithms import Algorithm, make_algorithm
@@ -50,6 +51,7 @@ class Recorder(Protocol):
     def warn(self, text: str) -> None: ...
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], score: float | None) -> None: ...
     def latest(self) -> Saved | None: ...
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 @dataclass
@@ -143,6 +145,7 @@ def train(
             clock.lap("rollout")
             try:
                 scored = score_rollout(policy, critic, judge, rollout, settings, guide, algorithm.old_model(policy))
+                state.rejections.count(step, scored, run)
                 if not bool(scored.valid.any()):
                     raise UserError(f"Step {step}: the reward skipped every completion (None), so there is nothing to learn from.")
             except UserError:  # the reward failed: what was learned before this step is kept
@@ -242,6 +245,37 @@ def rows_of(e: Experience, step: int) -> list[dict[str, Any]]:
 
 
 @dataclass
+class Rejections:
+    """Completions that a reward failed on, over the run. One is no reason to stop; past a share of them, something is broken."""
+
+    limit: float
+    rejected: int = 0
+    asked: int = 0
+
+    def count(self, step: int, scored: Experience, run: Recorder) -> None:
+        """Add a step's, with the cause of each in ``rejects.jsonl``.
+
+        Raises:
+            UserError: there are too many: past the limit once 100 were asked for, or half of a step.
+        """
+        rollout, rejects = scored.rollout, scored.rejects
+        here = len({reject.row for reject in rejects})
+        self.rejected, self.asked = self.rejected + here, self.asked + len(rollout)
+        if not rejects:
+            return
+        rows = [
+            {"step": step, "reward": r.reward, "id": rollout.prompts[r.row].id, "completion": rollout.indices[r.row],
+             "cause": r.cause, "prompt": rollout.prompts[r.row].text, "text": rollout.texts[r.row]} for r in rejects
+        ]  # fmt: skip
+        run.append("rejects.jsonl", rows)
+        if here > len(rollout) / 2 or (self.asked >= 100 and self.rejected > self.limit * self.asked):
+            raise UserError(
+                f"Step {step}: {told(rejects, len(rollout))}. In all {self.rejected} of {self.asked}; more than max_rejected allows "
+                f"({self.limit:g}). Each is in rejects.jsonl with its cause; mend the reward, then go on with accord resume."
+            )
+
+
+@dataclass
 class State:
     """Everything that changes while training, and so everything a checkpoint holds.
 
@@ -255,6 +289,7 @@ class State:
     algorithm: Algorithm
     settings: RLSettings
     log: str
+    rejections: Rejections
 
     @classmethod
     def begin(cls, start: Policy, reward: Reward, settings: RLSettings, log: str = "") -> State:
@@ -268,7 +303,16 @@ class State:
         kl: KLController = FixedKL(settings.kl_coef)
         if settings.kl_target is not None:
             kl = AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-        return cls(policy, critic, Optimizer(groups, settings), kl, make_algorithm(settings, policy, critic), settings, log)
+        return cls(
+            policy,
+            critic,
+            Optimizer(groups, settings),
+            kl,
+            make_algorithm(settings, policy, critic),
+            settings,
+            log,
+            Rejections(settings.max_rejected),
+        )
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
@@ -293,6 +337,7 @@ class State:
             "stopped": ended,
             "algorithm": self.algorithm.about(),
             "log": self.log,
+            "rejections": [self.rejections.rejected, self.rejections.asked],
         }
 
     def restore(self, saved: Saved | None) -> int:
@@ -319,6 +364,7 @@ class State:
         self.algorithm.restore(_under("algorithm/", saved.tensors), saved.about["algorithm"])
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.kl.coef = float(saved.about["kl"]["coef"])
+        self.rejections.rejected, self.rejections.asked = saved.about.get("rejections", [0, 0])
         return saved.step
 
 

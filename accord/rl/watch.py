@@ -25,6 +25,7 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
         "length": mask.sum(-1).float().mean(),
         "finished": rollout.finished.float().mean(),
         "skipped": (~e.valid).float().sum(),
+        "rejected": torch.tensor(float(len({reject.row for reject in e.rejects}))),
     }
     if rollout.sampled:
         gap = (rollout.engine_logprobs - e.old_logprobs)[mask]
@@ -49,8 +50,11 @@ class Watch:
             self._once("kl", f"step {step}: the policy is {stats['kl']:.1f} nats a completion from the reference (kl_warn {s.kl_warn:g}). Its text may fit the reward and nothing else: raise kl_coef, set kl_target, or lower learning_rate.")  # fmt: skip
         if stats["score_std"] == 0:
             self._once("flat", f"step {step}: every completion has the same score, so there is nothing to learn from; check the reward.")
-        if stats["skipped"]:
-            self._once("skipped", f"step {step}: the reward skipped {stats['skipped']:.0f} completions (None); they do not train.")
+        if stats["skipped"] > stats["rejected"]:
+            left_out = stats["skipped"] - stats["rejected"]
+            self._once("skipped", f"step {step}: the reward skipped {left_out:.0f} completions (None); they do not train.")
+        if stats["rejected"]:
+            self._once("rejected", f"step {step}: the reward failed on {stats['rejected']:.0f} completions; they do not train, and rejects.jsonl says why.")  # fmt: skip
 
     def _once(self, key: str, text: str) -> None:
         if key not in self._said:
