@@ -85,7 +85,7 @@ def cases(quick):
                 "TRL 1.16.0, every weight": ("peers/group.py", {"algorithm": name, "steps": 2 if quick else 4}),
             },
         )
-    pairs = {"pairs": 96, "batch": 16}
+    pairs = {"pairs": 80, "batch": 16}
     out["reward"] = (
         "Reward model: five steps of 16 pairs",
         {

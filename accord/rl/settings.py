@@ -37,7 +37,7 @@ class RLSettings(BaseModel):
 
     rollout_weights: Literal["same", "int8"] = Field(
         "same",
-        description="Weights the sampler multiplies by: the policy's, or those rounded to eight bits: faster, another distribution, corrected by the ratio of the two",
+        description="Weights the sampler multiplies by: the policy's, or those rounded to eight bits: half the memory, another distribution, corrected by the ratio of the two",
     )
     correction_cap: float = Field(2.0, ge=1, description="The most a token may count in that correction (rollout_weights int8)")
 
