@@ -148,7 +148,7 @@ def table(results):
             lines += [*case["lines"], "", f"<sub>{case['when']}.</sub>", ""]
             continue
         lines += decoding(case["rounds"]) if name == "decode" else programs(case["rounds"])
-        lines += ["", f"<sub>{len(case['rounds'])} rounds, {case['when']}.</sub>", ""]
+        lines += ["", f"<sub>{len(case['rounds'])} round{'s' * (len(case['rounds']) > 1)}, {case['when']}.</sub>", ""]
     lines += [
         f"Work: SmolLM2-135M in bf16 (accord keeps trained weights in fp32, TRL in bf16 here), prompts of 41 tokens, completions of 48, 32 of them an iteration; "
         f"no token ends a completion. PPO: 4 epochs of 2 minibatches. {processor()}, {os.cpu_count()} cores; torch {version('torch')}, "
