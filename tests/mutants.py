@@ -126,7 +126,7 @@ MUTANTS = [
     ("rl/optimize", "value, named = loss(rows.select(index), count)", "value, named = loss(rows.select(index), rows.select(index).mask.sum())", "gradient depends on the micro-batch", PPO, "micro_batch"),
     ("rl/experience", "mask = rollout.response_mask & scored.valid[:, None]", "mask = rollout.response_mask", "skipped completions train", PPO, "skipped_samples"),
     ("rollout/policy", "copy.deepcopy(b).float().requires_grad_(True)", "b.float().requires_grad_(True)", "split: the policy trains the reference's own layers", PPO, "leave_the_reference_alone"),
-    ("reward/sources", "if not math.isfinite(number):", "if False:", "a reward of NaN is taken", "test_reward.py", "bad_reward"),
+    ("reward/functions", "elif value is not None and not math.isfinite(value):", "elif False:", "a reward of NaN is taken", "test_contained.py", "found and nan"),
     ("rollout/sampling", 'raise UserError("top_k and top_p change', 'print("top_k and top_p change', "top-p sampling in training goes unnoticed", ROLL, "unaccounted"),
     ("rollout/pieces", "uniform, temperature, tokens, logprobs", "uniform, 1.0, tokens, logprobs", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
     ("rl/experience", "raw = mine.logprobs if guide is None else", "raw = mine.logprobs if True else", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),

@@ -141,7 +141,7 @@ def test_reward_from_pairs(home, capsys):
         (["rl", "--top-layers", "9"], "this model has 4 layers"),
         (["rl", "--config", "bad.yaml"], "unknown setting 'max_step'. Did you mean 'max_steps'?"),
         (["rl", "--config", "gone.yaml"], "Config file gone.yaml does not exist"),
-        (["rl", "--reward", "mine:nan"], "returned nan for completion 0 of prompt"),
+        (["rl", "--reward", "mine:nan"], "it returned nan; return a finite number, or None to skip"),
         (["rl", "--reward", "mine:gone"], "could not be imported"),
         (["rl", "--prompts-per-step", "40"], "fewer than prompts_per_step (40)"),
         (["rl", "--max-new-tokens", "500"], "exceeds the model's context of 128"),

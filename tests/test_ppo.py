@@ -325,7 +325,7 @@ def test_drift_is_warned_of_once():
     said = []
     watch = Watch(make(kl_warn=5.0), said.append)
     for step, kl in enumerate((1.0, 6.0, 7.0)):
-        watch.check(step, {"kl": kl, "score_std": 1.0, "skipped": 0.0})
+        watch.check(step, {"kl": kl, "score_std": 1.0, "skipped": 0.0, "rejected": 0.0})
     assert len(said) == 1 and "6.0 nats" in said[0] and "kl_coef" in said[0]
 
 
