@@ -19,7 +19,7 @@ from accord.nn.fused import by_kernels, only_plain, plain_rotate
 from accord.nn.layout import Places
 from accord.nn.native import call
 
-WRITTEN_OUT = {torch.bfloat16: 256, torch.float32: 96}
+WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 256}
 """Places a row up to which two batched products are faster than the fused kernel on a CPU, forwards and backwards (bench/LOG.md)."""
 
 
