@@ -59,14 +59,9 @@ def growth(measure):
     return lines
 
 
-def medians(rounds):
-    """What the floor needs of a case: of each program of ours, its numbers' medians over the rounds."""
-    out = []
-    for name in rounds[0]:
-        if name.startswith("accord"):
-            key = "parts" if "parts" in rounds[0][name] else "seconds"
-            out.append({k: statistics.median(r[name][key][k] for r in rounds) for k in rounds[0][name][key]})
-    return out[1::-1] if "rollout" in out[0] else out  # of the iterations: the one on a kept trunk, then full fine-tuning
+def medians(rounds, program, key):
+    """Of a program's named numbers, over the rounds."""
+    return {k: statistics.median(r[program][key][k] for r in rounds) for k in rounds[0][program][key]}
 
 
 def floor(measure, decoding, ppo, full):

@@ -167,7 +167,7 @@ def programs(rounds):
         lines += [f"| {name} | {summary([r[name]['seconds'] for r in rounds])} | {compared[0]} | {peak:.2f} | {compared[1]} |"]
     for name in mine:
         if "parts" in rounds[0][name]:
-            parts = {k: statistics.median(r[name]["parts"][k] for r in rounds) for k in rounds[0][name]["parts"]}
+            parts = alone.medians(rounds, name, "parts")
             lines += ["", f"{name[0].upper()}{name[1:]}: " + ", ".join(f"{k} {v:.2f} s" for k, v in parts.items()) + "."]
     return lines
 
@@ -211,15 +211,17 @@ def main():
         if not arguments.quick:
             RESULTS.write_text(json.dumps(results))
             TABLE.write_text(table({n: results[n] for n in order if n in results}))
+    run = lambda task: measure("ours.py", task, model)
     for name, title in ALONE.items():
         if (arguments.only and not any(word in name for word in arguments.only)) or arguments.quick:
             continue
-        run = lambda task: measure("ours.py", task, model)
         if name == "floor":
             if not {"decode", "ppo"} <= results.keys():
                 sys.exit("The floor needs the cases decode and ppo; measure them first.")
-            (steps, _), (parts, full) = alone.medians(results["decode"]["rounds"]), alone.medians(results["ppo"]["rounds"])
-            lines = alone.floor(run, steps, parts, full)
+            decode, ppo = (results[case]["rounds"] for case in ("decode", "ppo"))
+            full, top, *_ = ppo[0]
+            steps = alone.medians(decode, "accord", "seconds")
+            lines = alone.floor(run, steps, alone.medians(ppo, top, "parts"), alone.medians(ppo, full, "parts"))
         elif name == "reach":
             lines = reach.lines(measure, model)
         else:

@@ -9,9 +9,9 @@ transformers is in accord's own environment; both sides run in this process, alt
 import argparse
 import statistics
 import time
-from types import SimpleNamespace
 
 import torch
+from ours import recorder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from accord.data.records import Prompt
@@ -40,9 +40,6 @@ class Numbers:
 
     def decode(self, ids, **_):
         return " ".join(map(str, ids))
-
-    def __getattr__(self, name):
-        raise AttributeError(f"bench/gpu.py's tokenizer has no {name}")
 
 
 def clock(device, function):
@@ -102,7 +99,7 @@ def main():
 
 def iteration(policy, device, rows, new):
     ends = []
-    run = SimpleNamespace(log=lambda step, stats, _: ends.append(stats), save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+    run = recorder(lambda step, stats, rows: ends.append(stats))
     settings = RLSettings(prompts_per_step=rows, completions_per_prompt=1, max_new_tokens=new, truncation="nothing", temperature=1.0,
                           rows=rows, max_steps=4, epochs=4, minibatches=2, checkpoint_every=1000, kl_warn=1e9, micro_batch_tokens=32768)  # fmt: skip
     train(policy, [Prompt(f"p{i}", str(i)) for i in range(rows)], build_reward(RewardModel.on(policy, 6), policy), settings, run)

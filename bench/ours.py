@@ -58,6 +58,11 @@ def decode(task):
     work.report(seconds=out)
 
 
+def recorder(log):
+    """Of a run that is written nowhere: ``log`` gets its numbers."""
+    return SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+
+
 def iterate(task, at_end=lambda step: None):
     """Training iterations, one to warm up first: their stats, and when each ended."""
     policy, settings = load(task), RLSettings(max_new_tokens=task.get("response", work.RESPONSE), truncation="nothing", temperature=1.0, max_steps=1 + task["steps"],
@@ -73,8 +78,7 @@ def iterate(task, at_end=lambda step: None):
         ends.append(time.perf_counter())
         at_end(len(steps))
 
-    run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
-    train(policy, prompts(settings.prompts_per_step), reward, settings, run)
+    train(policy, prompts(settings.prompts_per_step), reward, settings, recorder(log))
     return [s for s in steps if "score" in s][1:], ends, settings
 
 
@@ -155,9 +159,8 @@ def reach(task):
             if stats["validation_score"] >= curve[0][1] + task["gain"]:
                 raise Enough
 
-    run = SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
     with contextlib.suppress(Enough):
-        train(policy, train_on, source, settings, run, validation=held)
+        train(policy, train_on, source, settings, recorder(log), validation=held)
     work.report(curve=curve)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from accord.nn.fused import by_kernels, only_plain, plain_rotate
-from accord.nn.layout import Places
+from accord.nn.layout import Places, select_lines
 from accord.nn.native import call
 
 WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 256}
@@ -38,8 +38,8 @@ def plain_lay_out(x: Tensor, places: Places, cos: Tensor | None = None, sin: Ten
     """:func:`lay_out` in torch."""
     if cos is not None and sin is not None:
         x = plain_rotate(x, cos[:, None], sin[:, None])
-    if len(places.places) > len(x):  # a token with several places gets a sum of gradients: in fp32, as the kernels add
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).index_select(0, places.owners).to(x.dtype)
+    if not places.single:
+        x = select_lines(x, places.owners)
     rows = x.new_zeros(places.token.numel(), *x.shape[1:]).index_copy(0, places.places, x)
     return rows.unflatten(0, places.token.shape).transpose(1, 2)
 
@@ -64,9 +64,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, window: int | None = 
     Returns (B,H,T,d). What stands at places without a token is not to be read.
     """
     T = query.shape[2]
-    if only_plain():
-        return plain_attend_rows(query, key, value, window)
-    if query.is_cuda or WRITTEN_OUT.get(query.dtype, T) < T:
+    if not only_plain() and (query.is_cuda or WRITTEN_OUT.get(query.dtype, T) < T):
         return fused_attend_rows(query, key, value, window)
     if by_kernels(query):
         out: Tensor = _Attend.apply(query, key, value, window)
@@ -74,11 +72,19 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, window: int | None = 
     return plain_attend_rows(query, key, value, window)
 
 
+def attention_bias(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """(T,S) fp32: 0 where a query (T,) sees a key (S,), itself or before it by less than ``window``, else a very low number."""
+    distance = query_positions[:, None] - key_positions
+    hidden = distance < 0
+    if window:
+        hidden |= distance >= window
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -1e30)
+
+
 def causal_bias(T: int, window: int | None, device: torch.device) -> Tensor:
-    """(T,T) fp32: 0 where a place (first index) sees another, else a very low number."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    hidden = (distance < 0) | (distance >= (window or T))
-    return torch.zeros(T, T, device=device).masked_fill_(hidden, -1e30)
+    """(T,T): :func:`attention_bias` of the places of a row."""
+    places = torch.arange(T, device=device)
+    return attention_bias(places, places, window)
 
 
 def plain_attend_rows(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:

@@ -276,23 +276,24 @@ inline float dot(const float* q, const T* k, int64_t d) {
 }
 template <int WIDE, class T>
 inline void mixture(const float* w, const T* v, int64_t first, int64_t last, T* out, int64_t d) {
-    constexpr int64_t BLOCK = WIDE ? WIDE : 64;
+#ifdef __AVX512F__
+    if constexpr (WIDE > 0) {
+        __m512 parts[WIDE / 16];
+        for (auto& part : parts) part = _mm512_setzero_ps();
+        for (int64_t s = first; s <= last; ++s) {
+            const __m512 share = _mm512_set1_ps(w[s]);
+            for (int i = 0; i < WIDE / 16; ++i) parts[i] = _mm512_fmadd_ps(share, sixteen(v + s * d + i * 16), parts[i]);
+        }
+        float sum[WIDE];
+        for (int i = 0; i < WIDE / 16; ++i) _mm512_storeu_ps(sum + i * 16, parts[i]);
+        for (int64_t i = 0; i < WIDE; ++i) put(out + i, sum[i]);
+        return;
+    }
+#endif
+    constexpr int64_t BLOCK = 64;
     for (int64_t at = 0; at < d; at += BLOCK) {
         const int64_t count = std::min(BLOCK, d - at);
         float sum[BLOCK] = {};
-#ifdef __AVX512F__
-        if constexpr (WIDE > 0) {
-            __m512 parts[WIDE / 16];
-            for (auto& part : parts) part = _mm512_setzero_ps();
-            for (int64_t s = first; s <= last; ++s) {
-                const __m512 share = _mm512_set1_ps(w[s]);
-                for (int i = 0; i < WIDE / 16; ++i) parts[i] = _mm512_fmadd_ps(share, sixteen(v + s * d + i * 16), parts[i]);
-            }
-            for (int i = 0; i < WIDE / 16; ++i) _mm512_storeu_ps(sum + i * 16, parts[i]);
-            for (int64_t i = 0; i < WIDE; ++i) put(out + i, sum[i]);
-            return;
-        }
-#endif
         for (int64_t s = first; s <= last; ++s) {
             const T* from = v + s * d + at;
             const float share = w[s];

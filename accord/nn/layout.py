@@ -38,6 +38,11 @@ class Places:
         return cls(token.view(shape), places, numbers)
 
     @property
+    def single(self) -> bool:
+        """Whether every token stands at one place."""
+        return len(self.places) == len(self.offsets) - 1
+
+    @property
     def owners(self) -> Tensor:
         """(P,) int64: the token at each of ``places``."""
         return self.token.flatten()[self.places]
@@ -64,26 +69,25 @@ class Layout:
         B, T = tokens.shape
         device, sizes = tokens.device, lengths.tolist()
         rows: Sequence[list[int]] = [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)]
+        columns = torch.arange(T, device=device)
         order = torch.tensor(sorted(range(B), key=rows.__getitem__), dtype=torch.long, device=device)
         # In this order a row shares its longest beginning with the row before it; what is beyond that is new.
-        ordered, exists = tokens[order], torch.arange(T, device=device) < lengths[order][:, None]
+        ordered, exists = tokens[order], columns < lengths[order][:, None]
         common = (ordered[1:] == ordered[:-1]) & exists[1:] & exists[:-1]
         shared = torch.zeros(B, 1, dtype=torch.long, device=device)
         shared[1:, 0] = common.long().cumprod(1).sum(1)
-        new = exists & (torch.arange(T, device=device) >= shared)
+        new = exists & (columns >= shared)
         number = (new.flatten().cumsum(0) - 1).view(B, T)
         owner = torch.where(new, torch.arange(B, device=device)[:, None], 0).cummax(0).values
         token = torch.empty_like(number)
         token[order] = number.gather(0, owner).masked_fill(~exists, -1)
-        t = torch.arange(T, device=device).expand(B, T)
-        home = (order[:, None] * T + t)[new]
-        everywhere = Places.once(home, token.shape)
-        if len(home) < sum(sizes):
+        everywhere = home = Places.once((order[:, None] * T + columns)[new], token.shape)
+        if len(home.places) < sum(sizes):
             flat = token.flatten()
             there = flat.sort(stable=True).indices[int((flat < 0).sum()) :]
-            counts = torch.bincount(flat[there], minlength=len(home))
+            counts = torch.bincount(flat[there], minlength=len(home.places))
             everywhere = Places(token, there, torch.cat((counts.new_zeros(1), counts.cumsum(0))))
-        return cls(ordered[new], t[new], everywhere, Places.once(home, token.shape))
+        return cls(ordered[new], columns.expand(B, T)[new], everywhere, home)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -101,3 +105,10 @@ class Layout:
     def home_of(self, wanted: Tensor) -> Places:
         """Home of some of the tokens. wanted (M,) numbers."""
         return Places.once(self.home.places[wanted], self.home.token.shape)
+
+
+def select_lines(x: Tensor, index: Tensor) -> Tensor:
+    """Lines of x, all of them used: (n,...) -> (len(index),...). Where some repeat, their gradients are summed in fp32, as the kernels do."""
+    if len(index) == len(x):
+        return x.index_select(0, index)
+    return x.to(torch.promote_types(x.dtype, torch.float32)).index_select(0, index).to(x.dtype)

@@ -38,12 +38,17 @@ class Reject(NamedTuple):
     cause: str
 
 
+def rejected_rows(rejects: Sequence[Reject]) -> set[int]:
+    """The completions that some reward failed on."""
+    return {reject.row for reject in rejects}
+
+
 def told(rejects: Sequence[Reject], asked: int) -> str:
     """How many completions were rejected, and the commonest cause."""
     causes = Counter(f"'{reject.reward}': {reject.cause}" for reject in rejects if reject.cause != NOT_ASKED)
     cause, _ = causes.most_common(1)[0]
     others = f" (and {len(causes) - 1} other causes)" if len(causes) > 1 else ""
-    return f"{len({reject.row for reject in rejects})} of {asked} completions could not be scored: reward {cause}{others}"
+    return f"{len(rejected_rows(rejects))} of {asked} completions could not be scored: reward {cause}{others}"
 
 
 class Failed(Exception):
@@ -121,20 +126,20 @@ class FunctionSource(Contained):
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._start(timeout)
+            self._start()
         except Failed as failed:
             raise UserError(f"Reward '{path}' {failed.cause}") from None
 
     def ask(self, prompts: list[str], completions: list[str], timeout: float) -> Any:
         if self._process is None:
-            self._start(self.timeout)
+            self._start()
         try:
             self._questions.send((prompts, completions))
         except OSError:
             raise self._ended() from None
         return self._receive(timeout)
 
-    def _start(self, timeout: float) -> None:
+    def _start(self) -> None:
         command = [sys.executable, "-m", "accord.reward.worker", self.name, str(self._memory or 0)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # it finds what this process finds
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
@@ -145,10 +150,10 @@ class FunctionSource(Contained):
         process.stdout.close()
         self._process = process
         try:
-            self._receive(timeout)
+            self._receive(self.timeout)
         except Failed as failed:
             self.close()
-            raise Failed(failed.cause.replace("it raised", "could not be imported:"), halve=False) from None
+            raise Failed(failed.cause, halve=False) from None
 
     def _receive(self, timeout: float) -> Any:
         try:

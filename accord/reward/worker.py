@@ -71,7 +71,7 @@ def serve(path: str, questions: Connection, answers: int) -> None:
         function = find_function(path)
         answer("ok", None)
     except BaseException as error:
-        answer("error", f"it raised {_told(error)}")
+        answer("error", f"could not be imported: {_told(error)}")
         return
     own = os.getpid()
     while True:

@@ -15,7 +15,7 @@ from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.transformer import Transformer
 from accord.progress import bar, safe_point, stop_requested
-from accord.reward.functions import told
+from accord.reward.functions import rejected_rows, told
 from accord.reward.model import RewardModel, ScalarModel
 from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.algorithms import Algorithm, make_algorithm
@@ -259,7 +259,7 @@ class Rejections:
             UserError: there are too many: past the limit once 100 were asked for, or half of a step.
         """
         rollout, rejects = scored.rollout, scored.rejects
-        here = len({reject.row for reject in rejects})
+        here = len(rejected_rows(rejects))
         self.rejected, self.asked = self.rejected + here, self.asked + len(rollout)
         if not rejects:
             return

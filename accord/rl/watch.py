@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from accord.reward.functions import rejected_rows
 from accord.rl.experience import Experience
 from accord.rl.masked import masked_mean
 from accord.rl.objective import explained_variance
@@ -25,7 +26,7 @@ def measure(e: Experience, kl_coef: float) -> dict[str, float]:
         "length": mask.sum(-1).float().mean(),
         "finished": rollout.finished.float().mean(),
         "skipped": (~e.valid).float().sum(),
-        "rejected": torch.tensor(float(len({reject.row for reject in e.rejects}))),
+        "rejected": torch.tensor(float(len(rejected_rows(e.rejects)))),
     }
     if rollout.sampled:
         gap = (rollout.engine_logprobs - e.old_logprobs)[mask]

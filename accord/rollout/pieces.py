@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accord.nn.attention import attend
+from accord.nn.attention import attend, attention_bias
 from accord.nn.fused import plain_rms_norm, plain_rotate
 from accord.nn.logprobs import log_softmax_of
 from accord.nn.native import call, serves
@@ -78,9 +78,7 @@ class Plain:
         rows, slots = torch.arange(len(joined), device=keys.device), torch.arange(place.longest, device=keys.device)
         keys[rows, :, place.positions] = query_key[:, heads:]
         values[rows, :, place.positions] = value
-        back = place.positions[:, None] - slots
-        hidden = (back < 0) | (back >= (window or place.longest))
-        bias = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -1e30)[:, None, None]
+        bias = attention_bias(place.positions, slots, window)[:, None, None]
         return attend(query_key[:, :heads, None], keys[:, :, : place.longest], values[:, :, : place.longest], bias)[:, 0]
 
     def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

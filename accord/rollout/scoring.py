@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accord.nn.foreign import ForeignModel
+from accord.nn.layout import select_lines
 from accord.nn.loading import Model
 from accord.nn.logprobs import LogitsProcessor, exact_kl, token_stats
 from accord.nn.transformer import Transformer
@@ -41,9 +42,7 @@ def final_states(model: Model, rollout: Rollout, split: int, where: Tensor) -> T
         states = model.upper(layout.lines(rollout.trunk), at, split, wanted)
     else:
         states = model.upper(model.lower(at, 0), at, 0, wanted)
-    if len(wanted) < len(again):  # completions of one prompt share a state: the sum of its gradients is taken in fp32
-        return states.to(torch.promote_types(states.dtype, torch.float32)).index_select(0, again).to(states.dtype)
-    return states.index_select(0, again)
+    return select_lines(states, again)  # completions of one prompt share a state
 
 
 def states_of(model: Model, rollout: Rollout, split: int) -> Tensor:
