@@ -22,6 +22,7 @@ from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
 from accord.feedback.panel import simulated_panel
+from accord.nn.memory import give_back_freed_memory
 from accord.plan import Plan, plan_for_recipe
 from accord.progress import console, safe_point
 from accord.reward.sources import build_reward
@@ -86,6 +87,7 @@ class Pipeline:
             clock = time.perf_counter()
             result = stage()
             seconds = time.perf_counter() - clock
+            give_back_freed_memory()
             gate = result.gate
             row = {"stage": name, "seconds": round(seconds, 1), "tokens": result.tokens, "gate": gate.__dict__, "facts": result.facts}
             row["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

@@ -25,7 +25,7 @@ from accord.errors import UserError
 from accord.nn.layout import Layout
 from accord.nn.loading import default_device, model_folder, resolve_dtype
 from accord.nn.logprobs import CHUNK
-from accord.nn.memory import keep_freed_memory
+from accord.nn.memory import give_back_freed_memory, keep_freed_memory, keeps
 from accord.nn.transformer import Block, Geometry, ModelConfig, Transformer
 from accord.nn.weights import is_native, parse_config, read_config
 from accord.progress import console
@@ -44,6 +44,9 @@ from accord.text.tokenizer import Tokenizer
 
 GIB = 2**30
 ADAM = 16  # bytes a trained weight: itself, its gradient and two moments in fp32
+KEPT, KEPT_SHARE = 0.5 * GIB, 0.15
+"""Freed memory that the C library has not given back at the peak, and how it grows with what is in use: measured with 4 trained
+layers, with 6, and with all (bench/LOG.md)."""
 MEASURED = 2 * GIB  # of weights: a larger model's pace is taken from two with fewer layers
 
 
@@ -74,8 +77,8 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """The peak: what is always there, and the larger of what sampling and updating need."""
-        return self._of("always") + max(self._of("sampling"), self._of("updating"))
+        """The peak."""
+        return peak_of(self.parts)
 
     @property
     def seconds(self) -> float:
@@ -209,7 +212,7 @@ def rl_memory(config: ModelConfig, dtype: torch.dtype, s: RLSettings, lengths: S
     trunk = e * D if kind == "split" or top < L else 0
     frozen_copies = (L - top) * w.layer if kind == "split" else 0
     critic = top * w.layer + D if s.needs_critic else 0
-    return [
+    parts = [
         Part("Python and torch", resident_memory(), "always", ""),
         Part("the model", w.total * e, "always", "use --dtype bfloat16, or a smaller model"),
         Part("the sampler's copies of frozen layers", frozen_copies * small + w.embedding * e, "always", "use --rollout-weights int8, or a smaller model"),
@@ -223,6 +226,15 @@ def rl_memory(config: ModelConfig, dtype: torch.dtype, s: RLSettings, lengths: S
         Part("what a micro-batch keeps for its backward pass", (deep + (top if critic else 0)) * (fixed + each * at_once), "updating", "lower --micro-batch-tokens"),
         Part("logits", 2 * CHUNK * config.vocab_size * e, "updating", ""),
     ]  # fmt: skip
+    if keeps() and default_device().type == "cpu":
+        parts.append(Part("freed memory that is kept for reuse", KEPT + KEPT_SHARE * peak_of(parts), "always", ""))
+    return parts
+
+
+def peak_of(parts: Sequence[Part]) -> float:
+    """What is always there, and the larger of what sampling and updating need."""
+    of = lambda when: sum(p.bytes for p in parts if p.when == when)
+    return of("always") + max(of("sampling"), of("updating"))
 
 
 def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
@@ -265,7 +277,7 @@ class Pace:
     step_fixed: float
     reward_step: float
 
-    def at(self, depth: int, other: Pace, depths: tuple[int, int]) -> Pace:
+    def at(self, depth: int, other: Pace, depths: Sequence[int]) -> Pace:
         """For ``depth`` layers, along the line through this pace and the other's, measured at ``depths``."""
         share = (depth - depths[0]) / (depths[1] - depths[0])
         return Pace(*(max(x + (y - x) * share, 1e-9) for x, y in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -276,11 +288,12 @@ def measure_pace(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     size, L = Weights.of(config), config.num_hidden_layers
     affordable = int((MEASURED - size.embedding * dtype.itemsize) // (size.layer * dtype.itemsize))
     least = max(min(s.top_layers, L), reward_layers) + 1
-    if affordable >= L or least + 1 >= L:
-        return _measure(random_model(config, L, dtype, device), s, prompt, reward_layers)
-    depths = (least, max(affordable, least + 2))
-    first, second = (_measure(random_model(config, depth, dtype, device), s, prompt, reward_layers) for depth in depths)
-    return first.at(L, second, depths)
+    depths = (L,) if affordable >= L or least + 1 >= L else (least, max(affordable, least + 2))
+    paces = []
+    for depth in depths:
+        paces.append(_measure(random_model(config, depth, dtype, device), s, prompt, reward_layers))
+        give_back_freed_memory()
+    return paces[0] if len(paces) == 1 else paces[0].at(L, paces[1], depths)
 
 
 class _Tokenizer(SimpleNamespace):
@@ -312,8 +325,7 @@ def _measure(model: Transformer, s: RLSettings, prompt: int, reward_layers: int)
     # Scoring and updating, on rows of the run's width.
     width = prompt + s.max_new_tokens
     count = max(min(s.micro_batch_tokens // width, max(wanted // s.minibatches, 1), max(2048 // width, 1)), 1)
-    each_prompt = s.completions_per_prompt if s.minibatches == 1 else 1  # minibatches are drawn from rows, whatever their prompt
-    rollout = _rollout(model, count, prompt, s.max_new_tokens, each_prompt)
+    rollout = _rollout(model, count, prompt, s.max_new_tokens)
     tokens = count * width
     trunk = _least(lambda: _with_trunk(state.policy, rollout))
     forward = _least(lambda: score(model, rollout, 0, 1.0, s.micro_batch_tokens))
@@ -344,12 +356,12 @@ def _reward_step(start: Policy, rollout: Rollout, layers: int) -> None:
     scalar(rollout, rollout.at_last).sum().backward()
 
 
-def _rollout(model: Transformer, count: int, prompt: int, new: int, each: int = 1) -> Rollout:
-    """``count`` completions, ``each`` of the same prompt."""
+def _rollout(model: Transformer, count: int, prompt: int, new: int) -> Rollout:
+    """``count`` completions of different prompts."""
     rows = []
     for i in range(count):
-        row = Row(Prompt(f"p{i // each}", ""), i % each)
-        row.extend([(i // each + k) % model.config.vocab_size for k in range(prompt)], chosen=False)
+        row = Row(Prompt(f"p{i}", ""), 0)
+        row.extend([(i + k) % model.config.vocab_size for k in range(prompt)], chosen=False)
         row.extend([(3 * i + k) % model.config.vocab_size for k in range(new)], chosen=True)
         rows.append(row)
     return replace(from_rows(rows, [False] * count, [""] * count, 0, model.device, sampled=False), step_rewards=None)
@@ -368,12 +380,19 @@ def _least(work: Callable[[], Any], repeats: int = 2) -> float:
 def rl_seconds(pace: Pace, s: RLSettings, prompt: int, steps: int | None = None) -> float:
     """``accord rl``: rollouts, scoring, updates and validations."""
     rows, width = s.prompts_per_step * s.completions_per_prompt, prompt + s.max_new_tokens
+    scored = distinct_tokens(s.prompts_per_step, s.completions_per_prompt, prompt, s.max_new_tokens)
+    learned = scored if s.minibatches == 1 else rows * width  # minibatches are drawn from rows, whatever their prompt
     rollout = sampling_seconds(pace, s.prompts_per_step, s.completions_per_prompt, prompt, s.max_new_tokens, s.rows)
     if ALGORITHMS[s.algorithm].offline:
         rollout = 0.0
-    update = s.epochs * (rows * width * pace.update + s.minibatches * pace.step_fixed)
+    update = s.epochs * (learned * pace.update + s.minibatches * pace.step_fixed)
     validation = sampling_seconds(pace, s.validation_prompts, 1, prompt, s.max_new_tokens, s.rows) / s.validate_every
-    return (steps or s.max_steps) * (rollout + rows * width * pace.scoring + update + validation)
+    return (steps or s.max_steps) * (rollout + scored * pace.scoring + update + validation)
+
+
+def distinct_tokens(prompts: int, each: int, prompt: int, new: int) -> int:
+    """What scoring computes: a prompt once, whatever the number of its completions."""
+    return prompts * (prompt + each * new)
 
 
 def sampling_seconds(pace: Pace, prompts: int, each: int, prompt: int, new: int, rows: int) -> float:
@@ -409,13 +428,14 @@ def plan_recipe(config: ModelConfig, recipe: Recipe, splits: Mapping[str, Sequen
     device, prompt = default_device(), round(sum(everything) / len(everything))
     pace = measure_pace(config, resolve_dtype(rl.dtype, device), device, rl, prompt, min(r.top_layers, config.num_hidden_layers))
     ranked = len(splits["train"]) + len(splits["validation"])
-    width = prompt + s.max_new_tokens
+    seen = distinct_tokens(ranked, s.per_prompt, prompt, s.max_new_tokens)
     held = len(splits["heldout"])
+    judged = distinct_tokens(held, e.per_prompt, prompt, e.max_new_tokens)
     stages = [
         Stage("completions", ranked * s.per_prompt * s.max_new_tokens, sampling_seconds(pace, ranked, s.per_prompt, prompt, s.max_new_tokens, s.rows)),
-        Stage("reward model", ranked * s.per_prompt * width * r.epochs, ranked * s.per_prompt * width * (pace.trunk + pace.reward_step * (r.epochs + 0.3))),
+        Stage("reward model", seen * r.epochs, seen * (pace.trunk + pace.reward_step * (r.epochs + 0.3))),
         Stage(f"{rl.max_steps} steps of {rl.algorithm}", rl.max_steps * rl.prompts_per_step * rl.completions_per_prompt * rl.max_new_tokens, rl_seconds(pace, rl, prompt)),
-        Stage("evaluation", 2 * held * e.per_prompt * e.max_new_tokens, 2 * (sampling_seconds(pace, held, e.per_prompt, prompt, e.max_new_tokens, e.rows) + 3 * held * e.per_prompt * (prompt + e.max_new_tokens) * pace.forward)),
+        Stage("evaluation", 2 * held * e.per_prompt * e.max_new_tokens, 2 * (sampling_seconds(pace, held, e.per_prompt, prompt, e.max_new_tokens, e.rows) + 3 * judged * pace.forward)),
     ]  # fmt: skip
     return replace(plan, stages=stages)
 

@@ -83,7 +83,7 @@ def test_time_by_hand():
     s = RLSettings(**SETTINGS, rows=4, epochs=3, validate_every=5, validation_prompts=8)
     assert sampling_seconds(pace, 4, 2, 12, 8, 4) == pytest.approx(4 * 12 * 0.001 + 2 * 8 * 0.1)  # two waves of four rows
     assert sampling_seconds(pace, 1, 2, 12, 8, 4) == pytest.approx(12 * 0.001 + 8 * 0.1)  # less than a wave takes as long as one
-    step = (0.048 + 1.6) + 8 * 20 * 0.01 + 3 * (8 * 20 * 0.02 + 2 * 0.5) + (8 * 12 * 0.001 + 1.6) / 5
+    step = (0.048 + 1.6) + 4 * (12 + 2 * 8) * 0.01 + 3 * (8 * 20 * 0.02 + 2 * 0.5) + (8 * 12 * 0.001 + 1.6) / 5
     assert rl_seconds(pace, s, 12, steps=7) == pytest.approx(7 * step)
 
 

@@ -159,10 +159,20 @@ def test_prompt_too_long(tiny):
 
 
 def test_micro_batches_hold_every_row_once_within_budget():
-    lengths = torch.tensor([9, 3, 7, 7, 1, 5])
-    groups = micro_batches(lengths, 14)
-    assert sorted(torch.cat(groups).tolist()) == list(range(6))
-    assert all(len(g) * int(lengths[g].max()) <= 14 for g in groups)
+    lengths = [9, 3, 7, 7, 1, 5]
+    for families in (range(6), [0, 0, 1, 1, 2, 2], [0] * 6):
+        packs = micro_batches(lengths, families, 14)
+        assert sorted(torch.cat(packs).tolist()) == list(range(6))
+        assert all(len(pack) * max(lengths[i] for i in pack) <= 14 for pack in packs)
+    assert [p.tolist() for p in micro_batches([20, 3], [0, 0], 14)] == [[0], [1]]  # longer than the budget: alone
+
+
+def test_a_prompts_completions_are_packed_together(tiny, rollout):
+    """By length alone 16 rows of 8 prompts would meet by luck; their prompt is then computed twice."""
+    assert [p.tolist() for p in micro_batches([5, 9, 5, 8], [0, 1, 0, 1], 18)] == [[1, 3], [0, 2]]
+    assert [p.tolist() for p in micro_batches([9, 5, 8, 5], [0, 0, 1, 1], 18)] == [[0, 1], [2, 3]]
+    order = rollout.group[torch.cat(rollout.micro_batches(2 * int(rollout.lengths.max())))]
+    assert len(order) == 16 and len(order.unique_consecutive()) == 8
 
 
 def test_foreign_architecture(tmp_path, prompts):

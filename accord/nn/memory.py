@@ -1,4 +1,4 @@
-"""How freed memory is treated on a CPU."""
+"""How memory is taken and given back on a CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import platform
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's malloc.h
+PRIMITIVES = 128
+"""Products that oneDNN keeps compiled. Each shape is one of them, some 0.4 MB, and with no padding nearly every micro-batch has
+shapes of its own: its default of 1,024 would fill with half a gigabyte of which little is used again (bench/LOG.md)."""
 
 
 @functools.cache
@@ -17,10 +20,25 @@ def keep_freed_memory() -> None:
     A tensor of many megabytes is otherwise mapped, filled with zeros a page at a time and unmapped again at every use, which
     took an eighth of an update of every layer (bench/LOG.md, also for peak memory). Does nothing without glibc, and where the
     environment says what the user wants of it (``MALLOC_*_``, ``GLIBC_TUNABLES``).
+
+    Also bounds what oneDNN keeps (:data:`PRIMITIVES`), unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` is set.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
     told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    if told or platform.libc_ver()[0] != "glibc":
+    if told or not keeps():
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """Give it back now: between stages, whose tensors have other sizes. Does nothing without glibc."""
+    if keeps():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def keeps() -> bool:
+    """Whether the C library is one that can be told."""
+    return platform.libc_ver()[0] == "glibc"

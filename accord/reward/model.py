@@ -19,7 +19,7 @@ from accord.nn.transformer import Transformer
 from accord.nn.weights import fingerprint, merged_state, read_tensors, save_folder
 from accord.rollout.engine import encode_checked
 from accord.rollout.policy import Policy, share_layers
-from accord.rollout.rollout import Rollout, from_completions, micro_batches
+from accord.rollout.rollout import Rollout, from_completions
 from accord.rollout.scoring import final_states
 from accord.text.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ class RewardModel:
     def logits(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
         """(B,) raw - mean. As a classifier: the log-odds of being preferred to an average completion."""
         out = torch.zeros(len(rollout), device=rollout.tokens.device)
-        for rows in micro_batches(rollout.lengths, token_budget):
+        for rows in rollout.micro_batches(token_budget):
             out[rows] = self.raw_scores(rollout.select(rows)).float()
         return out - self.mean
 

@@ -19,7 +19,7 @@ from accord.progress import bar, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.rollout.policy import Policy
-from accord.rollout.rollout import Rollout, micro_batches
+from accord.rollout.rollout import Rollout
 from accord.rollout.scoring import trunk_of
 
 
@@ -127,7 +127,7 @@ class _Encoded:
         rows.trunk_cut = cut
         rows.trunk = torch.zeros(*rows.tokens.shape, start.config.hidden_size, dtype=start.dtype, device=start.device)
         with bar(label, len(rows)) as progress:
-            for index in micro_batches(rows.lengths, 8192):
+            for index in rows.micro_batches(8192):
                 safe_point("The reward model is trained again on resume.")
                 part = rows.select(index)
                 rows.trunk[index, : part.tokens.shape[1]] = trunk_of(start, part, cut)

@@ -17,7 +17,7 @@ from accord.rl.kl import kl_estimate
 from accord.rl.settings import RLSettings
 from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
-from accord.rollout.rollout import Rollout, micro_batches
+from accord.rollout.rollout import Rollout
 from accord.rollout.scoring import kl_between, score, trunk_of
 
 
@@ -79,7 +79,7 @@ def values_before(critic: ScalarModel, rollout: Rollout) -> tuple[Tensor, Tensor
 def critic_values(critic: ScalarModel, rollout: Rollout, token_budget: int) -> tuple[Tensor, Tensor]:
     values = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
     final = torch.zeros(len(rollout), device=rollout.tokens.device)
-    for rows in micro_batches(rollout.lengths, token_budget):
+    for rows in rollout.micro_batches(token_budget):
         part = rollout.select(rows)
         before, after = values_before(critic, part)
         values[rows, : before.shape[1]], final[rows] = before, after
@@ -94,7 +94,7 @@ def add_trunk(policy: Policy, rollout: Rollout, token_budget: int) -> None:
         return
     shape = (*rollout.tokens.shape, start.config.hidden_size)
     trunk = torch.zeros(shape, dtype=start.dtype, device=start.device)
-    for rows in micro_batches(rollout.lengths, token_budget):
+    for rows in rollout.micro_batches(token_budget):
         part = rollout.select(rows)
         trunk[rows, : part.tokens.shape[1]] = trunk_of(start, part, policy.trunk_layers)
     rollout.trunk, rollout.trunk_cut = trunk, policy.trunk_layers

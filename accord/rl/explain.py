@@ -18,7 +18,6 @@ from accord.rl.trainer import Saved, State, batch_of, roll
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Environment
 from accord.rollout.policy import Policy
-from accord.rollout.rollout import micro_batches
 from accord.rollout.scoring import score
 
 NOT_EXPLAINED = ("trpo", "dqn", "ilql")
@@ -110,7 +109,7 @@ def _take_apart(policy: Policy, state: State, e: Experience, row: int, step: int
         for column in columns
     ]
     step_terms, loss = dict.fromkeys(parts[0], 0.0), 0.0
-    for index in micro_batches(e.rollout.lengths, s.micro_batch_tokens):
+    for index in e.rollout.micro_batches(s.micro_batch_tokens):
         piece, named = algorithm.loss(policy, critic, e.select(index), count)
         loss += float(piece)
         for name, value in _terms(named).items():

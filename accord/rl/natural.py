@@ -12,7 +12,6 @@ from accord.nn.fused import twice_differentiable
 from accord.nn.logprobs import CHUNK, log_softmax_logits
 from accord.rl.experience import Experience
 from accord.rollout.policy import Policy
-from accord.rollout.rollout import micro_batches
 from accord.rollout.scoring import states_of
 
 
@@ -43,7 +42,7 @@ def fisher_vector_product(policy: Policy, e: Experience, v: Tensor, temperature:
     parameters = list(policy.trainable().values())
     parts = [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
     out = [torch.zeros_like(p) for p in parameters]
-    for index in micro_batches(e.rollout.lengths, token_budget):
+    for index in e.rollout.micro_batches(token_budget):
         rows = e.select(index)
         with twice_differentiable():
             states = states_of(policy.model, rows.rollout, policy.split)

@@ -14,7 +14,6 @@ from accord.reward.model import ScalarModel
 from accord.rl.experience import Experience, values_before
 from accord.rl.objective import value_loss
 from accord.rl.settings import RLSettings
-from accord.rollout.rollout import micro_batches
 
 Loss = Callable[[Experience, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 """(rows, response tokens of the whole optimizer step) -> (loss, named scalars that add up over micro-batches)."""
@@ -49,7 +48,7 @@ class Optimizer:
             return {}
         stats: dict[str, float] = defaultdict(float)
         self._adam.zero_grad(set_to_none=True)
-        for index in micro_batches(rows.rollout.lengths, self._settings.micro_batch_tokens):
+        for index in rows.rollout.micro_batches(self._settings.micro_batch_tokens):
             value, named = loss(rows.select(index), count)
             value.backward()  # type: ignore[no-untyped-call]
             for name, scalar in named.items():

@@ -100,6 +100,11 @@ class Rollout:
                 changes[f.name] = [value[i] for i in rows.tolist()]
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def micro_batches(self, token_budget: int) -> list[Tensor]:
+        """:func:`micro_batches` of the rows, a prompt's completions together."""
+        families = self.group.tolist() if self.prompts else range(len(self))
+        return micro_batches(self.lengths.tolist(), families, token_budget)
+
     def turns(self, row: int) -> list[Turn]:
         """An episode's turns: the policy's tokens, what they gave, and what was written to it then."""
         assert self.step_rewards is not None
@@ -127,20 +132,27 @@ class Rollout:
         return out
 
 
-def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Rows grouped by length so that a group's padded size stays within the budget; longest first.
+def micro_batches(lengths: Sequence[int], families: Sequence[int], token_budget: int) -> list[Tensor]:
+    """Rows packed so that each pack's padded size stays within the budget.
+
+    Families stay together, as far as the budget lets them: what their rows begin with in common is computed once in a pack.
+    They follow each other by their longest row, longest first, so that a pack's rows are of about one length.
 
     Returns index tensors that together hold every row once. A row longer than the budget stands alone.
     """
-    order = torch.argsort(lengths, descending=True, stable=True).tolist()
-    sizes = lengths.tolist()
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
-            groups[-1].append(row)
+    longest: dict[int, int] = {}
+    for family, length in zip(families, lengths, strict=True):
+        longest[family] = max(length, longest.get(family, 0))
+    packs: list[list[int]] = []
+    widest = 0
+    for row in sorted(range(len(lengths)), key=lambda i: (-longest[families[i]], families[i], -lengths[i])):
+        widest = max(widest, lengths[row])
+        if packs and widest * (len(packs[-1]) + 1) <= token_budget:
+            packs[-1].append(row)
         else:
-            groups.append([row])
-    return [torch.tensor(g) for g in groups]
+            packs.append([row])
+            widest = lengths[row]
+    return [torch.tensor(pack) for pack in packs]
 
 
 @dataclass

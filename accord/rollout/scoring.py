@@ -14,7 +14,7 @@ from accord.nn.loading import Model
 from accord.nn.logprobs import LogitsProcessor, exact_kl, token_stats
 from accord.nn.transformer import Transformer
 from accord.rollout.guides import Guide
-from accord.rollout.rollout import Rollout, micro_batches
+from accord.rollout.rollout import Rollout
 
 
 class Scored(NamedTuple):
@@ -90,7 +90,7 @@ def score_rows(model: Model, rollout: Rollout, split: int, temperature: float, g
 def score(model: Model, rollout: Rollout, split: int, temperature: float, token_budget: int, guide: Guide | None = None) -> Scored:
     """:func:`score_rows` of all rows, in micro-batches of at most ``token_budget`` padded tokens."""
     out = [torch.zeros(rollout.tokens.shape, device=rollout.tokens.device) for _ in Scored._fields]
-    for rows in micro_batches(rollout.lengths, token_budget):
+    for rows in rollout.micro_batches(token_budget):
         part = rollout.select(rows)
         for whole, piece in zip(out, score_rows(model, part, split, temperature, guide), strict=True):
             whole[rows, : piece.shape[1]] = piece
@@ -115,7 +115,7 @@ def kl_rows(
 def kl_between(model: Model, other: Model, rollout: Rollout, split: int, other_split: int, temperature: float, token_budget: int) -> Tensor:
     """KL[model || other] over the whole vocabulary at each response token, (B,T) nats, 0 outside."""
     out = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
-    for rows in micro_batches(rollout.lengths, token_budget):
+    for rows in rollout.micro_batches(token_budget):
         part = rollout.select(rows)
         kl = kl_rows(model, part, states_of(model, part, split), other, other_split, temperature)
         out[rows, : part.tokens.shape[1]] = kl.to(out.dtype)

@@ -21,7 +21,6 @@ from accord.rl.natural import conjugate_gradient, fisher_vector_product
 from accord.rl.objective import entropy_bonus, ratio_surrogate
 from accord.rl.optimize import Optimizer, value_steps
 from accord.rollout.policy import Policy
-from accord.rollout.rollout import micro_batches
 from accord.rollout.scoring import kl_between, score_states, states_of
 
 BACKTRACKS = 10
@@ -74,7 +73,7 @@ class TRPO(Algorithm):
         """E_t[r_t A_t + c2 S] and, if asked for, its gradient as one vector."""
         s, parameters = self.settings, list(policy.trainable().values())
         total, slopes = 0.0, [torch.zeros_like(p) for p in parameters]
-        for index in micro_batches(e.rollout.lengths, s.micro_batch_tokens):
+        for index in e.rollout.micro_batches(s.micro_batch_tokens):
             rows = e.select(index)
             with torch.set_grad_enabled(gradient):
                 states = states_of(policy.model, rows.rollout, policy.split)
