@@ -13,7 +13,8 @@ from typing import Any
 from accord.config import RLSettings, SampleSettings, build
 from accord.data.pairs import grouped_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings, write_jsonl
+from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
+from accord.disk import append_lines, repair_lines, write_lines
 from accord.errors import UserError
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
@@ -21,11 +22,12 @@ from accord.evaluation.report import write_report
 from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
 from accord.nn.transformer import Transformer
+from accord.nn.weights import sampled_fingerprint
 from accord.plan import Plan, plan_for_rl
 from accord.progress import bar, console, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
-from accord.reward.sources import Reward, build_reward
+from accord.reward.sources import Reward, RewardModelSource, build_reward
 from accord.reward.training import RewardReport, train_reward_model
 from accord.rl.algorithms import check_model
 from accord.rl.trainer import Outcome, check_offline, check_start, train
@@ -36,7 +38,7 @@ from accord.rollout.guides import Perturb
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
-from accord.runs import Run, refuse_existing, repair_lines
+from accord.runs import Run, refuse_existing
 
 CHUNK = 64
 """Prompts sampled and written together; the unit in which sampling is resumed."""
@@ -220,11 +222,25 @@ def run_rl(
 ) -> Outcome:
     """Train within an open run, save the aligned policy to its ``policy/``, and close the reward."""
     try:
+        run.agree("inputs", digests(policy, prompts, reward, validation), "to read")
         outcome = train(policy, prompts, reward, settings, run, validation, environment, logged)
     finally:
         reward.close()
     outcome.policy.save(run.folder / "policy")
     return outcome
+
+
+def digests(policy: Policy, prompts: Sequence[Prompt], reward: Reward, validation: Sequence[Prompt]) -> dict[str, str]:
+    """What a run learns from, by digest: its model, its prompts, its reward models. Functions may be mended on the way."""
+
+    def of(some: Sequence[Prompt]) -> str:
+        return hashlib.sha256(json.dumps([[p.id, p.content] for p in some]).encode()).hexdigest()[:16]
+
+    found = {"model": sampled_fingerprint(policy.model), "prompts": of(prompts), "validation": of(validation)}
+    for number, (_, source) in enumerate(reward.sources, 1):
+        if isinstance(source, RewardModelSource):
+            found[f"reward {number}"] = sampled_fingerprint(source.model.scalar)
+    return found
 
 
 def evaluate(aligned: Policy, against: Policy, prompts: Sequence[Prompt], reward: Any = None, **settings: Any) -> Comparison:
@@ -242,8 +258,10 @@ def evaluate(aligned: Policy, against: Policy, prompts: Sequence[Prompt], reward
 
 def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], reference: Policy | None = None, **settings: Any) -> int:
     """Write completions to a JSONL file, 64 prompts at a time; prompts that are in it already are left out."""
-    repair_lines(path)
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path} does not end in .jsonl, which is what is written, and what can be read again; give --out {path}.jsonl.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    repair_lines(path)
     have = read_completions(path) if path.exists() and path.stat().st_size else {}
     s = build(SampleSettings, settings, "sample")
     per_prompt, mark = s.per_prompt, {"sampling": sampling_mark(policy, reference, s)}
@@ -252,15 +270,14 @@ def sample_to(path: Path, policy: Policy, prompts: Sequence[Prompt], reference: 
     last = next(reversed(have), None)
     if last is not None and len(have[last]) < per_prompt and all(len(have[key]) == per_prompt for key in have if key != last):
         have.pop(last)  # a write that was cut in the middle of a prompt: that prompt is sampled again
-        write_jsonl(path, ({**c.to_json(), "tokens": c.tokens, **mark} for group in have.values() for c in group))
+        write_lines(path, ({**c.to_json(), "tokens": c.tokens, **mark} for group in have.values() for c in group))
     odd = next((key for key, group in have.items() if len(group) != per_prompt), None)
     if odd is not None:
         raise UserError(f"{path} holds {len(have[odd])} completions of '{odd}', not {per_prompt}; choose another --out.")
     todo = [p for p in prompts if p.id not in have]
 
     def append(chunk: list[Completion]) -> None:
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps({**c.to_json(), "tokens": c.tokens, **mark}, ensure_ascii=False) + "\n" for c in chunk))
+        append_lines(path, ({**c.to_json(), "tokens": c.tokens, **mark} for c in chunk))
 
     if todo:
         sample(policy, todo, append, reference=reference, **settings)

@@ -23,6 +23,7 @@ from accord.config import (
     load_yaml,
     recipe_text,
 )
+from accord.disk import read_text
 from accord.errors import Interrupted, UserError, did_you_mean
 from accord.progress import console, orderly_stop
 
@@ -95,6 +96,11 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
 
     resume = command("resume", do_resume, "Go on with a run that was stopped, from the last thing it finished.", "accord resume runs/demo")
     resume.add_argument("run", type=Path, help="run folder")
+    resume.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on although settings in config.yaml, or files it names, are not those the run was started with; history.jsonl says so",
+    )
 
     sample = command(
         "sample",
@@ -142,7 +148,8 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "--reward",
         action="append",
         metavar="[WEIGHT*]SPEC",
-        help="FOLDER of a reward model, package.module:function, or classifier:NAME[@LABEL]; repeat for a weighted list",
+        help="FOLDER of a reward model, package.module:function, classifier:NAME[@LABEL], or http(s)://... of a service; "
+        "repeat for a weighted list",
     )
     rl.add_argument(
         "--completions",
@@ -200,7 +207,7 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, 
         path = Path(arguments.config)
         if not path.is_file():
             raise UserError(f"Config file {path} does not exist.")
-        values = load_yaml(path.read_text(), str(path))
+        values = load_yaml(read_text(path), str(path))
         block = {"rl": "rl", "evaluate": "evaluation"}.get(arguments.command, "")
         if "command" in values and isinstance(values.get(block), dict):  # the config.yaml of a run
             values = values[block]
@@ -250,7 +257,7 @@ def do_resume(arguments: argparse.Namespace) -> None:
     from accord.pipeline import Pipeline
     from accord.runs import Run
 
-    run, config = Run.open(arguments.run)
+    run, config = Run.open(arguments.run, arguments.allow_changes)
     where = str(arguments.run / "config.yaml")
     if config["command"] == "run" and isinstance(config.get("recipe"), dict):
         Pipeline(build(Recipe, config["recipe"], where), run).go()

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from accord.errors import UserError, did_you_mean
+from accord.disk import read_text
+from accord.errors import UserError, did_you_mean, first_line
 from accord.evaluation.compare import EvaluationSettings
 from accord.reward.settings import RewardSettings
 from accord.rl.registry import ALGORITHMS
@@ -102,14 +103,16 @@ def recipe_text(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"No recipe '{name}': shipped are {', '.join(sorted(shipped))}; or give a YAML file.{did_you_mean(name, shipped)}")
-    return path.read_text()
+    return read_text(path)
 
 
 def load_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not valid YAML: {first_line(error) if not isinstance(error, yaml.YAMLError) else ' '.join(str(error).split())}"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):

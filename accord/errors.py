@@ -21,6 +21,10 @@ class GateMissed(UserError):
     code = 3
 
 
+class Diverged(UserError):
+    """The numbers of a training run stopped being finite."""
+
+
 class Interrupted(UserError):
     """The user asked to stop; everything up to here is saved."""
 

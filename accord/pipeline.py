@@ -16,7 +16,8 @@ from accord.api import evaluate as compare_policies
 from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs
 from accord.data.records import SPLITS, Prompt, split_of
-from accord.data.sources import read_completions, read_prompts, read_rankings, write_jsonl
+from accord.data.sources import read_completions, read_prompts, read_rankings
+from accord.disk import write_lines, write_whole
 from accord.errors import GateMissed, UserError
 from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
@@ -29,7 +30,7 @@ from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
 from accord.rl.explain import Explained, explain
 from accord.rollout.policy import Policy
-from accord.runs import Run, refuse_existing, write_whole
+from accord.runs import Run, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Pipeline:
     def prompts(self) -> Done:
         prompts = recipe_prompts(self.recipe)
         rows = [{**p.to_json(), "split": split_of(p.id)} for p in prompts]
-        write_jsonl(self.run.folder / "prompts.jsonl", rows)
+        write_lines(self.run.folder / "prompts.jsonl", rows)
         sizes = {name: sum(row["split"] == name for row in rows) for name in SPLITS}
         themes = {t: sum(p.theme == t for p in prompts) for t in sorted({p.theme for p in prompts})}
         needed = {"train": self.recipe.rl.prompts_per_step, "validation": 5, "heldout": 5}
@@ -143,7 +144,7 @@ class Pipeline:
         settings = self.recipe.feedback
         completions = read_completions(self.run.folder / "sampled.jsonl")
         ranked = simulated_panel(settings.panel, settings.seed).rank(completions)
-        write_jsonl(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
+        write_lines(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
         groups = grouped_pairs(ranked, self.recipe.reward.fail_weight)
         pairs = sum(len(g.pairs) for g in groups)
         ranks = [r for ranking in ranked.rankings for r in ranking.ranks]
@@ -233,7 +234,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> None:
     samples = [[m.to_json() for m in pair] for pair in first_by_id(comparison)]
     write_whole(folder / "evaluation.json", json.dumps({**comparison.to_json(), "samples": samples}, indent=1, ensure_ascii=False))
     rows = [{"model": side, **m.to_json()} for pair in comparison.samples for side, m in zip(("reference", "aligned"), pair, strict=True)]
-    write_jsonl(folder / "evaluated.jsonl", rows)
+    write_lines(folder / "evaluated.jsonl", rows)
 
 
 def start(recipe: Recipe, out: str | Path) -> Pipeline:
@@ -257,11 +258,11 @@ def explain_run(folder: str | Path, row: int = 0) -> Explained:
         if not (run.folder / "reward").is_dir():
             raise UserError(f"{folder} has no reward model yet, so there is no objective; go on with it: accord resume {folder}")
         source = build_reward(str(run.folder / "reward"), stages.policy)
-        return explain(stages.policy, stages.split("train"), source, stages.recipe.rl, run.newest(), row=row)
+        return explain(stages.policy, stages.split("train"), source, stages.recipe.rl, run.saved.newest(), row=row)
     if config["command"] != "rl":
         raise UserError(f"{folder} is a run of accord {config['command']}, which has no objective; give one of accord rl, demo or run.")
     p = prepare_rl(config, where)
     try:
-        return explain(p.policy, p.prompts, p.reward, p.settings, run.newest(), p.environment, row)
+        return explain(p.policy, p.prompts, p.reward, p.settings, run.saved.newest(), p.environment, row)
     finally:
         p.reward.close()

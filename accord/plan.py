@@ -469,7 +469,7 @@ def look(model: str) -> tuple[ModelConfig, Tokenizer] | None:
     """A model's shape and tokenizer, without its weights."""
     folder = model_folder(model)
     raw = read_config(folder)
-    return (parse_config(raw), Tokenizer.load(folder)) if is_native(raw) else None
+    return (parse_config(raw, str(folder / "config.json")), Tokenizer.load(folder)) if is_native(raw) else None
 
 
 def lengths_of(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[int]:

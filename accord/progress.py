@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 class _Stop:
     requested = False
     """Set by the first SIGINT or SIGTERM; read at the points where stopping loses nothing."""
+    deferred = 0
+    """How many blocks are open that must not end half-way."""
 
 
 @contextmanager
@@ -29,9 +31,9 @@ def orderly_stop() -> Iterator[None]:
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _Stop.requested:
-            sys.exit(130)
+            os._exit(130)  # at once: nothing is cleaned up, and nothing needs to be
         _Stop.requested = True
-        console.print("\n[yellow]Stopping after the current step; press again to leave at once.[/]")
+        console.print("\n[yellow]Stopping as soon as nothing is lost by it; press again to leave at once.[/]")
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     _Stop.requested = False
@@ -49,8 +51,18 @@ def stop_requested() -> bool:
 
 def safe_point(saved: str) -> None:
     """Raise :class:`Interrupted` if a stop was asked for. ``saved`` says what is kept."""
-    if _Stop.requested:
+    if _Stop.requested and not _Stop.deferred:
         raise Interrupted(f"Stopped as asked. {saved}")
+
+
+@contextmanager
+def to_the_end() -> Iterator[None]:
+    """Within: safe points wait; what has begun is finished."""
+    _Stop.deferred += 1
+    try:
+        yield
+    finally:
+        _Stop.deferred -= 1
 
 
 @contextmanager

@@ -1,45 +1,53 @@
-"""The run folder: settings, metrics, every completion, checkpoints, the report."""
+"""The run folder: settings and their history, metrics, every completion, checkpoints, the report."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
-import json
-import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accord.data.sources import read_lines
+from accord.checkpoints import Checkpoints
+from accord.disk import append_lines, disk_error, flush, patiently, read_lines, repair_lines, write_lines, write_whole
 from accord.errors import UserError
 from accord.progress import console
 from accord.rl.trainer import Saved
 
-FORMAT = 2
-LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl", "rejects.jsonl")
+STEPPED = ("metrics.jsonl", "timings.jsonl", "completions.jsonl", "rejects.jsonl", "warnings.jsonl")
+"""Logs whose rows are of a training step; they are cut back to the checkpoint that training goes on from."""
+LOGS = (*STEPPED, "history.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl")
+FREE = {
+    "max_steps", "stop_at_score", "kl_stop", "kl_warn", "checkpoint_every", "reward_timeout", "reward_memory", "max_rejected",
+    "max_nonfinite", "on_divergence", "entropy_warn", "flat_groups_warn", "saturation_warn", "value_warn",
+    "gates",
+}  # fmt: skip
+"""Settings that say when to stop, to save, to warn or to be content, and do not change what a step computes."""
 
 
 class Run:
     """``runs/NAME/`` and the only writer in it while it is open.
 
-    ``config.yaml``, ``metrics.jsonl``, ``completions.jsonl``, ``warnings.jsonl``, ``checkpoints/step-N/``.
+    ``config.yaml``, ``history.jsonl`` (the settings it was started with, and each change since), ``metrics.jsonl``,
+    ``timings.jsonl``, ``completions.jsonl``, ``warnings.jsonl``, ``checkpoints/step-N/``.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self._keep = folder, keep
-        self._lock = (folder / ".lock").open("w")
+        self.folder, self.saved, self.allow_changes = folder, Checkpoints(folder / "checkpoints", keep), False
         try:
+            self._lock = (folder / ".lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel when the process ends
-        except OSError:
-            raise UserError(f"{folder} is in use by another accord process; wait for it or choose another name.") from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and hasattr(self, "_lock"):
+                raise UserError(f"{folder} is in use by another accord process; wait for it or choose another name.") from None
+            raise disk_error(folder, error) from None
+
+    def close(self) -> None:
+        """Let another writer in."""
+        self._lock.close()
 
     @classmethod
     def create(cls, folder: str | Path, config: Mapping[str, Any]) -> Run:
@@ -48,174 +56,147 @@ class Run:
         refuse_existing(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise disk_error(folder, error) from None
-        return cls(folder)
+        run = cls(folder)
+        write_lines(folder / "history.jsonl", [{"config": dict(config)}])
+        write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        return run
 
     @classmethod
-    def open(cls, folder: str | Path) -> tuple[Run, dict[str, Any]]:
-        """An existing run and its settings, torn last lines of its logs repaired."""
+    def open(cls, folder: str | Path, allow_changes: bool = False) -> tuple[Run, dict[str, Any]]:
+        """An existing run and its settings, torn last lines of its logs repaired.
+
+        Raises:
+            UserError: it is no run folder, it is in use, it is damaged, or ``config.yaml`` has other settings than the run was
+                started with, which would change what its numbers mean, and ``allow_changes`` is not given.
+        """
         folder = Path(folder)
         path = folder / "config.yaml"
         if not path.is_file():
             raise UserError(f"{folder} is not a run folder (it has no config.yaml); give the folder that --out named.")
         try:
             config = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict) or "command" not in config:
             raise UserError(f"{path} is damaged: it names no command.")
         run = cls(folder)
-        for name in LOGS:
-            repair_lines(folder / name)
+        try:
+            for name in LOGS:
+                repair_lines(folder / name)
+            run.allow_changes = allow_changes
+            run.agree("config", config, "in config.yaml")
+        except BaseException:
+            run.close()
+            raise
         return run, config
 
+    def agree(self, kind: str, found: Mapping[str, Any], where: str) -> None:
+        """Compare what the run goes on with to what it was started with (``history.jsonl``), and write down each difference.
+
+        Args:
+            kind: ``config``, or ``inputs``: the digests of what was read.
+            where: that, in words.
+
+        Raises:
+            UserError: something differs that is not :data:`FREE`, and changes are not allowed.
+        """
+        rows = self.read("history.jsonl")
+        before: dict[str, Any] = {}
+        for row in rows:
+            if kind in row:
+                before = _flat(row[kind])
+            elif row.get("changed") == kind:
+                before |= {change["setting"]: change["to"] for change in row["changes"]}
+        if not before:
+            self.append("history.jsonl", [{kind: dict(found)}])
+            return
+        now = _flat(found)
+        names = [n for n in dict.fromkeys([*before, *now]) if before.get(n) != now.get(n)]
+        if not names:
+            return
+        told = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in names)
+        fixed = [n for n in names if not FREE & set(n.split("."))]
+        if fixed and not self.allow_changes:
+            those = ", ".join(f"{n} (it was {_short(before.get(n))}, it is {_short(now.get(n))})" for n in fixed)
+            raise UserError(
+                f"{self.folder} was started with something else {where}: {those}. What it has learned so far is not what these say. "
+                f"Put them back, start a new run, or accept it: accord resume {self.folder} --allow-changes"
+            )
+        console.print(f"Going on with changed settings: {told}", soft_wrap=True, markup=False)
+        newest = self.saved.all()
+        changes = [{"setting": n, "from": before.get(n), "to": now.get(n)} for n in names]
+        self.append("history.jsonl", [{"changed": kind, "step": newest[-1][0] if newest else 0, "changes": changes}])
+
     def log(self, step: int, stats: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append one line of metrics and the step's completions."""
+        """Append one line of metrics and the step's completions; how long it took is a line of ``timings.jsonl``."""
+        seconds = {name.removeprefix("seconds/"): value for name, value in stats.items() if name.startswith("seconds/")}
         self.append("completions.jsonl", rows)
-        self.append("metrics.jsonl", [{"step": step, **stats}])
+        if seconds:
+            self.append("timings.jsonl", [{"step": step, **seconds}])
+        self.append("metrics.jsonl", [{"step": step, **{n: v for n, v in stats.items() if not n.startswith("seconds/")}}])
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        try:
-            with (self.folder / name).open("a", encoding="utf-8") as handle:
-                handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:
-            raise disk_error(self.folder, error) from None
+        append_lines(self.folder / name, rows)
 
-    def warn(self, text: str) -> None:
-        console.print(f"[bold yellow]Warning[/] {text}", soft_wrap=True)
-        self.append("warnings.jsonl", [{"warning": text}])
+    def warn(self, step: int, name: str, text: str) -> None:
+        """A named warning: in the terminal, in ``warnings.jsonl``, in the report."""
+        console.print(f"[bold yellow]Warning[/] [dim]{name}[/] step {step}: {text}", soft_wrap=True)
+        self.append("warnings.jsonl", [{"step": step, "name": name, "warning": text}])
 
     def read(self, name: str) -> list[dict[str, Any]]:
         return read_lines(self.folder / name)
 
-    # Checkpoints: written aside, flushed to disk, renamed. A folder without a manifest is never read.
-
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], score: float | None) -> None:
-        """Write ``checkpoints/step-N``; keep the newest two and the best by validation score."""
-        root = self.folder / "checkpoints"
-        final, aside = root / f"step-{step}", root / f".writing-{step}"
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, aside / "state.safetensors")
-            digest = file_digest(aside / "state.safetensors")
-            from accord import __version__
-
-            manifest = {
-                "format": FORMAT, "accord": __version__, "torch": torch.__version__, "step": step,
-                "score": None if score is None or math.isnan(score) else score, "sha256": digest, "about": about,
-            }  # fmt: skip
-            write_whole(aside / "manifest.json", json.dumps(manifest, indent=2))
-            flush(aside / "state.safetensors")
-            flush(aside)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(aside, final)
-            flush(root)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise disk_error(self.folder, error) from None
-        self._drop_old()
-
-    def checkpoints(self) -> list[tuple[int, Path, dict[str, Any]]]:
-        """(step, folder, manifest) of every checkpoint whose manifest is whole, oldest first."""
-        found = []
-        for path in (self.folder / "checkpoints").glob("step-*"):
-            try:
-                manifest = json.loads((path / "manifest.json").read_text())
-                if not {"format", "accord", "step", "score", "sha256", "about"} <= manifest.keys():
-                    raise ValueError("fields are missing")
-                found.append((int(manifest["step"]), path, manifest))
-            except (OSError, ValueError, TypeError, AttributeError):
-                console.print(f"[yellow]{path}: its manifest is damaged; it is left out.[/]", soft_wrap=True)
-        return sorted(found, key=lambda c: c[0])
+        """Write a checkpoint. What the logs say up to here is on the disk before it."""
+        for path in (self.folder / name for name in STEPPED):
+            if path.exists():
+                patiently(self.folder, lambda path=path: flush(path))  # type: ignore[misc]
+        self.saved.save(step, tensors, about, score)
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint whose checksum is right, with the logs cut back to it.
+        """The newest whole checkpoint, with the logs cut back to it.
 
         Raises:
             UserError: there are checkpoints, but none is whole; starting over would delete the logs.
         """
-        for unfinished in (self.folder / "checkpoints").glob(".writing-*"):
-            shutil.rmtree(unfinished)
-        saved = self.newest()
+        self.saved.clean()
+        saved = self.saved.newest()
         self._cut_back(saved.step if saved else 0)
         return saved
 
-    def newest(self) -> Saved | None:
-        """The newest checkpoint whose checksum is right; nothing is changed."""
-        for step, path, manifest in reversed(self.checkpoints()):
-            if manifest["format"] != FORMAT:
-                raise UserError(f"{path} has format {manifest['format']}, written by accord {manifest['accord']}; use that version.")
-            state = path / "state.safetensors"
-            if not state.is_file() or file_digest(state) != manifest["sha256"]:
-                console.print(f"[yellow]{path} is damaged (checksum); the one before it is used.[/]", soft_wrap=True)
-                continue
-            return Saved(step, load_file(state), manifest["about"])
-        if any((self.folder / "checkpoints").glob("step-*")):
-            raise UserError(f"No checkpoint in {self.folder / 'checkpoints'} is whole. Delete that folder to train again from the start.")
-        return None
-
-    def _drop_old(self) -> None:
-        found = self.checkpoints()
-        keep = {path for _, path, _ in found[-self._keep :]}
-        scored = [c for c in found if c[2]["score"] is not None]
-        if scored:
-            keep.add(max(scored, key=lambda c: c[2]["score"])[1])
-        for _, path, _ in found:
-            if path not in keep:
-                shutil.rmtree(path)
-
     def _cut_back(self, step: int) -> None:
         """Drop what was logged after the checkpoint that training goes on from; it will be written again."""
-        for name in ("metrics.jsonl", "completions.jsonl", "rejects.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                kept = [row for row in read_lines(path) if row["step"] < step and (step > 0 or row["step"] >= 0)]
-                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        for name in STEPPED:
+            rows = self.read(name)
+            for number, row in enumerate(rows, 1):
+                if type(row.get("step")) is not int:
+                    raise UserError(
+                        f"{self.folder / name}, row {number}: it names no step, so it is not a row that accord wrote; delete it."
+                    )
+            kept = [row for row in rows if row["step"] < step and (step > 0 or row["step"] >= 0)]
+            if len(kept) < len(rows):
+                write_lines(self.folder / name, kept)
 
 
 def refuse_existing(folder: Path, resumable: bool = True) -> None:
-    """A run never writes into what is there already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """A run never writes into what is there already. What a process left that ended before the first setting was written is nothing."""
+    unborn = {".lock", "history.jsonl", "history.jsonl.part", "config.yaml.part"}
+    if folder.exists() and (not folder.is_dir() or not {p.name for p in folder.iterdir()} <= unborn):
         go_on = f"Go on with it: accord resume {folder}; or choose" if resumable else "Choose"
         raise UserError(f"Run folder {folder} already exists. {go_on} another --out.")
 
 
-def disk_error(folder: Path, error: OSError | SafetensorError) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(f"Cannot write to {folder}: {reason}. Make room or fix the permissions, then: accord resume {folder}")
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return out
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write aside and rename: the file is the old one or the new one, never half."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(aside, path)
-
-
-def flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def repair_lines(path: Path) -> None:
-    """Cut a last line that was not written whole."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else text[:57] + "..."

@@ -79,7 +79,7 @@ def run(task, name, seed):
 
     torch.set_num_threads(1)
     from accord.api import load_start, train_rl
-    from accord.data.sources import read_lines
+    from accord.disk import read_lines
     from accord.rollout.environments import make_environment
 
     folder, settings = RUNS / f"{task}-{name}-{seed}", settings_of(task, name, seed)
@@ -102,7 +102,8 @@ def run(task, name, seed):
             given.pop("reward")
     outcome = train_rl(start, out=folder, **given, **settings)
     metrics = [m for m in read_lines(folder / "metrics.jsonl") if "score" in m]
-    seconds = np.cumsum([sum(m[f"seconds/{part}"] for part in ("rollout", "score", "update")) for m in metrics])
+    timings = read_lines(folder / "timings.jsonl")
+    seconds = np.cumsum([sum(t[part] for part in ("rollout", "score", "update")) for t in timings])
     measured = measure_texts(outcome.policy, start, held) if task == "reward" else measure_play(outcome.policy, start, task)
     curve = [[m["step"], m["score"], m["kl"], s] for m, s in zip(metrics, seconds.tolist(), strict=True)]
     (folder / "result.json").write_text(json.dumps({"task": task, "algorithm": name, "seed": seed, "curve": curve, **measured}))

@@ -60,7 +60,7 @@ def decode(task):
 
 def recorder(log):
     """Of a run that is written nowhere: ``log`` gets its numbers."""
-    return SimpleNamespace(log=log, save=lambda *_: None, warn=lambda text: None, latest=lambda: None)
+    return SimpleNamespace(log=log, save=lambda *_: None, warn=lambda *_: None, latest=lambda: None)
 
 
 def iterate(task, at_end=lambda step: None):

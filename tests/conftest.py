@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCORD_DISK_WAIT", "0")  # a full disk is an error at once
 
 import pytest
 import torch

@@ -9,8 +9,9 @@ import pytest
 
 from accord.data.pairs import group_pairs, pairs_of, scored_by_rank
 from accord.data.records import Completion, Prompt, Ranking, split_of
-from accord.data.sources import read_completions, read_pairs, read_prompts, read_rankings, write_jsonl
+from accord.data.sources import read_completions, read_pairs, read_prompts, read_rankings
 from accord.data.statistics import bootstrap_mean, bootstrap_ratio
+from accord.disk import write_lines
 from accord.errors import UserError
 
 
@@ -127,10 +128,10 @@ def test_rankings_must_fit_their_completions():
 
 def test_rankings_and_completions_round_trip(tmp_path):
     rankings = [Ranking("p", "a", (1, None, 1), "v1", True)]
-    write_jsonl(tmp_path / "r.jsonl", (r.to_json() for r in rankings))
+    write_lines(tmp_path / "r.jsonl", (r.to_json() for r in rankings))
     assert read_rankings(tmp_path / "r.jsonl") == rankings
     group = completions(["x", "y"])
-    write_jsonl(tmp_path / "c.jsonl", (c.to_json() for c in group["p"]))
+    write_lines(tmp_path / "c.jsonl", (c.to_json() for c in group["p"]))
     assert read_completions(tmp_path / "c.jsonl") == group
     with pytest.raises(UserError, match="whole numbers"):
         read_rankings(write(tmp_path, {"prompt_id": "p", "ranks": [0, 1]}))

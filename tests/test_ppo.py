@@ -19,7 +19,7 @@ from accord.rl.optimize import Optimizer
 from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, batch_of, train
-from accord.rl.watch import Watch
+from accord.rl.watch import Watch, measure
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.runs import Run
@@ -251,10 +251,7 @@ def test_resume_is_exact(tiny_folder, prompts, tmp_path, adaptation):
                 start, prompts, build_reward(letters, start), settings.model_copy(update={"max_steps": limit}), run, prompts[:2]
             )
             run._lock.close()
-        metrics = [
-            {k: v for k, v in json.loads(line).items() if "seconds" not in k}
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         results.append((outcome.policy.trainable(), metrics, (folder / "completions.jsonl").read_text()))
     (a, metrics_a, text_a), (b, metrics_b, text_b) = results
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -321,12 +318,56 @@ def test_the_same_prompt_twice_in_a_batch_has_its_own_luck(tiny, prompts):
     assert rollout.texts[:2] == Engine(tiny).sample(prompts[:2], 1, make().sampling(0)).texts
 
 
+FINE = {"kl": 1.0, "entropy": 1.0, "score_std": 1.0, "at_best": 0.1, "flat_groups": 0.0, "skipped": 0.0, "rejected": 0.0}
+
+
 def test_drift_is_warned_of_once():
-    said = []
-    watch = Watch(make(kl_warn=5.0), said.append)
+    said, flags = [], []
+    watch = Watch(make(kl_warn=5.0), lambda *told: said.append(told))
     for step, kl in enumerate((1.0, 6.0, 7.0)):
-        watch.check(step, {"kl": kl, "score_std": 1.0, "skipped": 0.0, "rejected": 0.0})
-    assert len(said) == 1 and "6.0 nats" in said[0] and "kl_coef" in said[0]
+        flags.append(watch.check(step, {**FINE, "kl": kl}))
+    assert flags == [{}, {"warning/kl": 1.0}, {"warning/kl": 1.0}]
+    assert len(said) == 1 and said[0][:2] == (1, "kl") and "6.0 nats" in said[0][2] and "kl_coef" in said[0][2]
+    again = Watch(make(kl_warn=5.0), lambda *told: said.append(told))
+    again.restore(json.loads(json.dumps(watch.state())))  # as a checkpoint keeps it
+    assert again.check(3, {**FINE, "kl": 8.0}) == {"warning/kl": 1.0} and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "stats", "remedy"),
+    [
+        ("entropy", {"entropy": 0.01}, "entropy_coef"),
+        ("flat", {"score_std": 0.0, "at_best": 1.0}, "check the reward"),
+        ("saturation", {"at_best": 0.95}, "finer reward"),
+        ("flat_groups", {"flat_groups": 0.6}, "completions_per_prompt"),
+        ("skipped", {"skipped": 2.0}, "None"),
+        ("rejected", {"skipped": 2.0, "rejected": 2.0}, "rejects.jsonl"),
+    ],
+)
+def test_what_goes_wrong_has_a_name_and_a_remedy(name, stats, remedy):
+    said = []
+    watch = Watch(make(algorithm="grpo", epochs=1, minibatches=1), lambda *told: said.append(told))
+    assert watch.check(0, FINE) == {} and not said
+    assert watch.check(1, {**FINE, **stats}) == {f"warning/{name}": 1.0}
+    assert said[0][1] == name and remedy in said[0][2]
+
+
+def test_a_critic_is_given_five_steps():
+    said = []
+    watch = Watch(make(), lambda *told: said.append(told[0]))
+    for step, explained in enumerate([-2.0] * 4 + [0.5] + [-2.0] * 7):
+        watch.check(step, {**FINE, "explained_variance": explained})
+    assert said == [9]  # the fifth in a row
+
+
+def test_shares_of_best_scores_and_of_flat_groups_by_hand(tiny, prompts):
+    """Groups (1,1), (1,0), (2,skipped), (2,2): three prompts have two scores, two of these are flat; 3 of 7 have the best."""
+    settings = make(completions_per_prompt=2)
+    state = State.begin(tiny, build_reward(lambda p, c: [1, 1, 1, 0, 2, None, 2, 2], tiny), settings)
+    rollout = Engine(state.policy).sample(prompts[:4], 2, settings.sampling(0), keep_trunk=True)
+    reward = build_reward(lambda p, c: [1, 1, 1, 0, 2, None, 2, 2], tiny)
+    stats = measure(score_rollout(state.policy, state.critic, reward, rollout, settings), 0.0)
+    assert stats["at_best"] == pytest.approx(3 / 7) and stats["flat_groups"] == pytest.approx(2 / 3)
 
 
 def test_reward_model_on_the_same_trunk_gives_the_same_scores(tiny_folder, tiny, prompts, tmp_path):

@@ -89,9 +89,9 @@ def test_saved_reward_model_is_a_transformers_classifier(trained, tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "accord.json").unlink(), "not a reward model"),
-        (lambda f: (f / "accord.json").write_text("{"), "damaged"),
+        (lambda f: (f / "accord.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "accord.json").write_text('{"kind": "reward_model", "format": 99}'), "format 99"),
-        (lambda f: (f / "accord.json").write_text('{"kind": "reward_model", "format": 1}'), "lacks fields"),
+        (lambda f: (f / "accord.json").write_text('{"kind": "reward_model", "format": 1}'), "field 'cut' is None"),
     ],
 )
 def test_a_damaged_reward_model_is_fatal(tiny, tmp_path, damage, message):

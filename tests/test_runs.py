@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from accord import disk
+from accord.disk import append_lines, file_digest, read_lines, whole_folder, write_whole
 from accord.errors import UserError
 from accord.runs import Run
 
@@ -24,20 +27,43 @@ def save(run, step, score=None):
 def test_the_newest_two_and_the_best_are_kept(run):
     for step, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, 0.2)]:
         save(run, step, score)
-    assert [step for step, _, _ in run.checkpoints()] == [2, 4, 5]
+    assert [step for step, _, _ in run.saved.all()] == [2, 4, 5]
     saved = run.latest()
     assert saved.step == 5 and saved.tensors["x"].tolist() == [5, 5, 5] and saved.about == {"kl": {"coef": 5}}
 
 
-@pytest.mark.parametrize("where", [0, 0.3, 0.6, 0.999])
-def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run, where):
+def test_every_flipped_byte_of_a_checkpoint_is_seen_and_the_one_before_is_used(run):
     save(run, 1)
     save(run, 2)
-    file = run.folder / "checkpoints" / "step-2" / "state.safetensors"
-    data = bytearray(file.read_bytes())
-    data[int(where * len(data))] ^= 1
-    file.write_bytes(data)
-    assert run.latest().step == 1
+    flipped = 0
+    for name in ("state.safetensors", "manifest.json", "SHA256SUMS"):
+        file = run.folder / "checkpoints" / "step-2" / name
+        data = file.read_bytes()
+        for at in range(len(data)):
+            file.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+            assert run.saved.newest().step == 1, (name, at)
+            flipped += 1
+        file.write_bytes(data)
+    assert run.saved.newest().step == 2 and flipped > 300
+
+
+def test_anyone_can_check_a_checkpoint(run):
+    save(run, 1)
+    folder = run.folder / "checkpoints" / "step-1"
+    assert subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True).returncode == 0
+
+
+def test_a_checkpoint_of_the_format_before_is_read(run):
+    """Format 2: the state's checksum in the manifest, no SHA256SUMS."""
+    save(run, 1)
+    folder = run.folder / "checkpoints" / "step-1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2, "sha256": file_digest(folder / "state.safetensors")}))
+    (folder / "SHA256SUMS").unlink()
+    assert run.saved.newest().tensors["x"].tolist() == [1, 1, 1]
+    (folder / "state.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="whole"):
+        run.saved.newest()
 
 
 def test_a_checkpoint_without_manifest_is_no_checkpoint(run):
@@ -62,7 +88,7 @@ def test_a_torn_line_is_repaired(run):
     run.log(0, {"score": 1.0}, [])
     with (run.folder / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 1, "sco')
-    run._lock.close()
+    run.close()
     again, _ = Run.open(run.folder)
     assert again.read("metrics.jsonl") == [{"step": 0, "score": 1.0}]
 
@@ -101,7 +127,7 @@ except UserError as error:
     print("told:", error)
 print(sorted(p.name for p in (run.folder / "checkpoints").iterdir()))
 """
-    run._lock.close()
+    run.close()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "told: Cannot write to" in done.stdout and "accord resume" in done.stdout, done.stdout + done.stderr
     assert "['step-1']" in done.stdout
@@ -110,7 +136,7 @@ print(sorted(p.name for p in (run.folder / "checkpoints").iterdir()))
 def test_one_writer(run):
     with pytest.raises(UserError, match="in use by another"):
         Run.open(run.folder)
-    run._lock.close()
+    run.close()
     Run.open(run.folder)
 
 
@@ -133,7 +159,7 @@ def test_a_full_disk_keeps_what_is_there(run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("accord.runs.save_file", full)
+    monkeypatch.setattr("accord.checkpoints.save_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*accord resume"):
         save(run, 2)
     assert os.listdir(run.folder / "checkpoints") == ["step-1"]
@@ -142,7 +168,135 @@ def test_a_full_disk_keeps_what_is_there(run, monkeypatch):
 
 def test_newer_formats_are_refused_with_the_version_that_reads_them(run):
     save(run, 1)
-    path = run.folder / "checkpoints" / "step-1" / "manifest.json"
+    folder = run.folder / "checkpoints" / "step-1"
+    path = folder / "manifest.json"
+    before = file_digest(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99, "accord": "9.9"}))
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(before, file_digest(path)))
     with pytest.raises(UserError, match=r"format 99, written by accord 9\.9"):
         run.latest()
+
+
+# Settings and inputs that are not those of the start.
+
+
+def config(steps=3, lr=0.1):
+    return {"command": "rl", "model": "m", "rl": {"max_steps": steps, "learning_rate": lr}}
+
+
+def edit(folder, **changes):
+    (folder / "config.yaml").write_text(json.dumps(config(**changes)))
+
+
+def test_a_setting_that_only_says_when_to_stop_may_change(tmp_path, capsys):
+    Run.create(tmp_path / "r", config()).close()
+    edit(tmp_path / "r", steps=5)
+    run, given = Run.open(tmp_path / "r")
+    assert given["rl"]["max_steps"] == 5 and "rl.max_steps 3 -> 5" in capsys.readouterr().out
+    assert run.read("history.jsonl")[-1]["changes"] == [{"setting": "rl.max_steps", "from": 3, "to": 5}]
+    run.close()
+    Run.open(tmp_path / "r")[0].close()
+    assert len(run.read("history.jsonl")) == 2  # the same again is no change
+
+
+def test_another_setting_is_refused_by_name_unless_allowed(tmp_path):
+    Run.create(tmp_path / "r", config()).close()
+    edit(tmp_path / "r", lr=0.2)
+    with pytest.raises(UserError, match=r"rl\.learning_rate \(it was 0\.1, it is 0\.2\).*--allow-changes"):
+        Run.open(tmp_path / "r")
+    run, _ = Run.open(tmp_path / "r", allow_changes=True)  # which the refusal has not left locked
+    save(run, 7)
+    run.close()
+    edit(tmp_path / "r", lr=0.1)
+    with pytest.raises(UserError, match=r"it was 0\.2, it is 0\.1"):  # what was accepted is what counts now
+        Run.open(tmp_path / "r")
+    run, _ = Run.open(tmp_path / "r", allow_changes=True)
+    assert [row.get("step") for row in run.read("history.jsonl")] == [None, 0, 7]
+
+
+def test_other_inputs_are_refused_by_name(tmp_path):
+    run = Run.create(tmp_path / "r", config())
+    run.agree("inputs", {"model": "a", "prompts": "b"}, "to read")
+    run.agree("inputs", {"model": "a", "prompts": "b"}, "to read")
+    with pytest.raises(UserError, match=r"to read: prompts \(it was 'b', it is 'c'\)"):
+        run.agree("inputs", {"model": "a", "prompts": "c"}, "to read")
+
+
+def test_a_start_that_ended_at_once_is_no_run(tmp_path):
+    """Killed before config.yaml was there: the same command starts again."""
+    Run.create(tmp_path / "r", config()).close()
+    (tmp_path / "r" / "config.yaml").unlink()
+    Run.create(tmp_path / "r", config())
+
+
+# Disks.
+
+
+def test_lines_are_appended_all_or_none(tmp_path):
+    """A write that really fails half-way: the file-size limit cuts it in the middle of the second row."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from accord.disk import append_lines
+from accord.errors import UserError
+path = Path({str(tmp_path / "log.jsonl")!r})
+append_lines(path, [{{"step": 0}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    append_lines(path, [{{"step": 1}}, {{"text": "x" * 2000}}])
+except UserError as error:
+    print("told:", error)
+append_lines(path, [{{"step": 2}}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "told: Cannot write to" in done.stdout and done.returncode == 0, done.stderr
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 0}, {"step": 2}]
+
+
+def test_a_full_disk_is_waited_for(run, monkeypatch, capsys):
+    """Too little room for a checkpoint, told before anything is written; then there is room."""
+    free = iter([10, 10, 10, 10**12, 10**12])
+    monkeypatch.setenv("ACCORD_DISK_WAIT", "60")
+    monkeypatch.setattr(disk, "POLL", 0.01)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, next(free)))
+    save(run, 1)
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("is full") == 1 and "going on" in out and run.saved.newest().step == 1
+
+
+def test_the_wait_ends_with_a_sentence_and_what_was_whole(run, monkeypatch):
+    save(run, 1)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 10))
+    with pytest.raises(UserError, match=r"No space left|are needed"):
+        save(run, 2)
+    assert run.saved.newest().step == 1
+    monkeypatch.setenv("ACCORD_DISK_WAIT", "long")
+    with pytest.raises(UserError, match="must be a number of seconds"):
+        save(run, 2)
+
+
+def test_a_folder_is_the_old_one_or_the_new_one(tmp_path):
+    folder = tmp_path / "policy"
+    for text in ("one", "two"):
+        with whole_folder(folder) as aside:
+            (aside / "weights").write_text(text)
+    with pytest.raises(RuntimeError), whole_folder(folder) as aside:
+        (aside / "weights").write_text("three")
+        raise RuntimeError
+    assert (folder / "weights").read_text() == "two" and os.listdir(tmp_path) == ["policy"]
+
+
+def test_what_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write to"):
+        write_whole(tmp_path / "file" / "x", "text")
+
+
+def test_a_damaged_line_is_named(run):
+    append_lines(run.folder / "metrics.jsonl", [{"step": 0}])
+    with (run.folder / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": \n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is damaged"):
+        run.read("metrics.jsonl")

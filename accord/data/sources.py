@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accord.data.records import Completion, Content, Logged, PairGroup, Prompt, Ranking, Turn
+from accord.disk import read_text
 from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
 
@@ -34,10 +35,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    text = read_text(path)
     if path.suffix == ".txt":
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
@@ -77,8 +75,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for number, row in enumerate(pq.read_table(path).to_pylist(), 1):
             yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -287,23 +285,3 @@ def read_rankings(source: str | Path) -> list[Ranking]:
             )
         )
     return rankings
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log that accord itself appends to; none if there is no such file.
-
-    Only a newline ends a row: JSON may hold the other characters that ``str.splitlines`` cuts at.
-    """
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows aside and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as handle:
-        for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-    aside.replace(path)

@@ -12,7 +12,8 @@ import jinja2
 import yaml
 
 from accord.data.records import Completion, Prompt
-from accord.data.sources import read_lines
+from accord.disk import read_lines, write_whole
+from accord.errors import UserError, first_line
 from accord.evaluation.charts import calibration_chart, line_chart
 from accord.evaluation.summary import headline, table_rows
 from accord.feedback.criterion import judge
@@ -31,7 +32,22 @@ CURVES = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` from whatever of the run exists so far."""
+    """Write ``report.html`` from whatever of the run exists so far.
+
+    Raises:
+        UserError: a log of the run has rows that accord did not write.
+    """
+    try:
+        html = _page(folder)
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+        raise UserError(
+            f"No report can be made of {folder}: a row of its logs is damaged ({type(error).__name__}: {first_line(error)})."
+        ) from None
+    write_whole(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def _page(folder: Path) -> str:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     metrics = [m for m in read_lines(folder / "metrics.jsonl") if m["step"] >= 0]
     stages = read_lines(folder / "stages.jsonl") + read_lines(folder / "gates.jsonl")
@@ -53,7 +69,7 @@ def write_report(folder: Path) -> Path:
     page = jinja2.Environment(autoescape=True).from_string((files("accord.evaluation") / "report.html.j2").read_text())
     last = max((c["step"] for c in completions), default=None)
     top = sorted((c for c in completions if c["step"] == last and c["score"] is not None), key=lambda c: -c["score"])[:12]
-    html = page.render(
+    return page.render(
         name=folder.name,
         model=recipe.get("model", ""),
         lead="prompts, completions, simulated rankings, reward model, PPO, measured." if "recipe" in config else "reinforcement learning from scores.",
@@ -71,9 +87,6 @@ def write_report(folder: Path) -> Path:
         warnings=[w["warning"] for w in read_lines(folder / "warnings.jsonl")],
         settings=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
-    path = folder / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
 
 
 def gold_curve(completions: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from accord.errors import UserError, first_line
@@ -82,6 +81,6 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> ForeignModel:
         inner = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # configurations raise anything from KeyError to huggingface_hub's own
         raise UserError(f"transformers cannot open {folder} as a causal language model: {first_line(error)}") from None
     return ForeignModel(inner.requires_grad_(False).eval())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from accord.errors import UserError
+from accord.disk import read_object
+from accord.errors import UserError, first_line
 from accord.nn.lora import LoraLinear
 from accord.nn.transformer import ModelConfig, Transformer
 
@@ -25,13 +28,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"Model folder {folder} does not exist. Give the bundled name, a folder or a Hugging Face id.")
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"Model folder {folder} has no config.json; is it the folder that save_pretrained wrote?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); save the model again.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not path.is_file():
+        raise UserError(f"Model folder {folder} has no config.json; is it the folder that save_pretrained wrote?")
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} names no model_type; it is not a transformers model.")
     return config
 
@@ -41,51 +41,108 @@ def is_native(config: dict[str, Any]) -> bool:
     return config["model_type"] in NATIVE and config.get("hidden_act", "silu") == "silu"
 
 
-def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """Translate ``config.json`` (transformers 4 and 5 spellings) to a :class:`ModelConfig`."""
-    kind, layers = raw["model_type"], raw["num_hidden_layers"]
-    heads = raw["num_attention_heads"]
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    window = raw.get("sliding_window") if kind == "mistral" or raw.get("use_sliding_window") else None
-    types = raw.get("layer_types")
+class ConfigFile(BaseModel):
+    """The fields of ``config.json`` that accord reads, transformers 4 and 5 spellings."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_type: str
+    vocab_size: int = Field(ge=1, le=10**7)
+    hidden_size: int = Field(ge=1, le=10**6)
+    intermediate_size: int = Field(ge=1, le=10**7)
+    num_hidden_layers: int = Field(ge=1, le=10**4)
+    num_attention_heads: int = Field(ge=1, le=10**4)
+    num_key_value_heads: int | None = Field(None, ge=1, le=10**4)
+    head_dim: int | None = Field(None, ge=1, le=10**5)
+    rms_norm_eps: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    max_position_embeddings: int = Field(2048, ge=1, le=10**9)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
+    rope_parameters: dict[str, str | bool | int | float | list[int | float] | None] | None = None
+    rope_scaling: dict[str, str | bool | int | float | list[int | float] | None] | None = None
+    sliding_window: int | None = Field(None, ge=1)
+    use_sliding_window: bool | None = None
+    max_window_layers: int | None = Field(None, ge=0)
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ConfigFile:
+        for name in ("layer_types", "no_rope_layers"):
+            given = getattr(self, name)
+            if given and len(given) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(given)} entries for {self.num_hidden_layers} layers")
+        if self.num_attention_heads % self.groups:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.groups} key/value heads")
+        if self.width % 2:
+            raise ValueError(f"heads are {self.width} wide, and rotary positions turn pairs of channels; the width must be even")
+        theta = self.rope.get("rope_theta")
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta is {theta!r}; it must be a number above 0")
+        return self
+
+    @property
+    def groups(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        rope = dict(self.rope_parameters or self.rope_scaling or {})
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        rope.setdefault("rope_theta", self.rope_theta)
+        return rope
+
+
+def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Translate ``config.json`` to a :class:`ModelConfig`.
+
+    Raises:
+        UserError: naming the first field that is missing or wrong.
+    """
+    try:
+        c = ConfigFile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"][:2]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {f'field {field}: ' if field else ''}{message}; copy or save the model again.") from None
+    kind, layers = c.model_type, c.num_hidden_layers
+    window = c.sliding_window if kind == "mistral" or c.use_sliding_window else None
     if window is None:
         windowed: tuple[bool, ...] = (False,) * layers
-    elif types:
-        windowed = tuple(t == "sliding_attention" for t in types)
+    elif c.layer_types:
+        windowed = tuple(t == "sliding_attention" for t in c.layer_types)
     else:
-        first = raw.get("max_window_layers", 0) if kind.startswith("qwen") else 0
-        windowed = tuple(i >= first for i in range(layers))
-    no_rope = raw.get("no_rope_layers") if kind == "smollm3" else None
-    bias = bool(raw.get("attention_bias", False))
+        first_one = (c.max_window_layers or 0) if kind.startswith("qwen") else 0
+        windowed = tuple(i >= first_one for i in range(layers))
+    no_rope = c.no_rope_layers if kind == "smollm3" else None
     return ModelConfig(
         architecture=kind,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=_even(raw.get("head_dim") or raw["hidden_size"] // heads),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.groups,
+        head_dim=c.width,
+        rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        qkv_bias=c.attention_bias or kind == "qwen2",
+        output_bias=c.attention_bias,
+        mlp_bias=c.mlp_bias,
         qk_norm=kind == "qwen3",
         sliding_window=window,
         windowed=windowed,
         rotary=tuple(bool(r) for r in no_rope) if no_rope else (),
-        rope=rope,
+        rope=c.rope,
     )
-
-
-def _even(head_dim: int) -> int:
-    if head_dim % 2:
-        raise UserError(f"config.json: heads are {head_dim} wide, and rotary positions turn pairs of channels; the width must be even.")
-    return head_dim
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -100,17 +157,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():
                     tensors[name] = handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or not a safetensors file ({error}); copy or download it again.") from None
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file} is damaged or not a safetensors file ({first_line(error)}); copy or download it again.") from None
     return tensors
 
 
 def build(raw: dict[str, Any], tensors: dict[str, Tensor], where: str, dtype: torch.dtype) -> Transformer:
     """A frozen :class:`Transformer` with these weights; heads of other tasks (``score.*``) are left out."""
-    try:
-        config = parse_config(raw)
-    except KeyError as error:
-        raise UserError(f"{where}: config.json has no field {error}.") from None
+    config = parse_config(raw, f"{where}/config.json")
     with torch.device("meta"):
         model = Transformer(config)
     wanted = dict(model.named_parameters())
@@ -127,7 +181,12 @@ def build(raw: dict[str, Any], tensors: dict[str, Tensor], where: str, dtype: to
     model.load_state_dict({name: tensors[name].to(dtype) for name in wanted}, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.rotary_emb = type(model.rotary_emb)(config)
+    try:
+        model.rotary_emb = type(model.rotary_emb)(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # transformers', of scaled positions
+        raise UserError(
+            f"{where}/config.json: its rotary positions cannot be computed ({first_line(error)}); copy or save the model again."
+        ) from None
     model.compute_dtype = dtype
     return model.requires_grad_(False).eval()
 
@@ -173,3 +232,9 @@ def fingerprint(module: nn.Module | dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def sampled_fingerprint(module: nn.Module, each: int = 4096) -> str:
+    """Like :func:`fingerprint` of some values of every tensor: fast for a model of any size, and different for different training."""
+    state = module.state_dict()
+    return fingerprint({name: t.flatten()[:: max(t.numel() // each, 1)] for name, t in state.items()})[:16]

@@ -99,15 +99,21 @@ class Contained:
                     shorter, middle = max(timeout / 2, min(self.timeout, 5.0)), len(rows) // 2
                     waiting += [(rows[middle:], shorter), (rows[:middle], shorter)]
                 continue
-            for row, value in zip(rows, values, strict=True):
-                if isinstance(value, dict):
-                    self._reject([row], f"it returned {value['returned']}; return a finite number, or None to skip")
-                elif value is not None and not math.isfinite(value):
-                    self._reject([row], f"it returned {value}; return a finite number, or None to skip")
-                else:
-                    out[row] = value
+            self._take(rows, values, out)
         self.rejects.sort(key=lambda reject: reject.row)
         return out
+
+    def _take(self, rows: Sequence[int], values: Sequence[Any], out: list[float | None]) -> list[int]:
+        """Put what can be used into ``out`` and reject the rest; the rows that could be used."""
+        taken = []
+        for row, value in zip(rows, values, strict=True):
+            odd = value["returned"] if isinstance(value, dict) else value if value is not None and not math.isfinite(value) else None
+            if odd is not None:
+                self._reject([row], f"it returned {odd}; return a finite number, or None to skip")
+            else:
+                out[row] = value
+                taken.append(row)
+        return taken
 
     def _reject(self, rows: Sequence[int], cause: str) -> None:
         self.rejects += [Reject(self.name, row, cause) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from accord.data.records import Completion, Content, Prompt
+from accord.disk import read_object, whole_folder
 from accord.errors import UserError
+from accord.nn.budget import TokenBudget
 from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model
 from accord.nn.transformer import Transformer
@@ -114,8 +117,12 @@ class RewardModel:
     def logits(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
         """(B,) raw - mean. As a classifier: the log-odds of being preferred to an average completion."""
         out = torch.zeros(len(rollout), device=rollout.tokens.device)
-        for rows in rollout.micro_batches(token_budget):
-            out[rows] = self.raw_scores(rollout.select(rows)).float()
+
+        def work(tokens: int) -> None:
+            for rows in rollout.micro_batches(tokens):
+                out[rows] = self.raw_scores(rollout.select(rows)).float()
+
+        TokenBudget(token_budget).fit(work)
         return out - self.mean
 
     def score_rollout(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
@@ -138,22 +145,10 @@ class RewardModel:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that ``transformers`` opens as a sequence classifier with one label."""
-        folder = Path(folder)
         tokenizer = _padded_apart(self.tokenizer)
         state = {n: t for n, t in merged_state(self.network).items() if not n.startswith("lm_head")}
         state["score.weight"] = self.scalar.head.weight.detach().cpu()
         kind = str((self.raw.get("architectures") or ["LlamaForCausalLM"])[0]).replace("ForCausalLM", "ForSequenceClassification")
-        save_folder(
-            folder,
-            self.raw,
-            state,
-            architectures=[kind],
-            num_labels=1,
-            id2label={"0": "score"},
-            label2id={"score": 0},
-            pad_token_id=tokenizer.pad_id,
-        )
-        tokenizer.save(folder)
         about = {
             "kind": "reward_model",
             "format": FORMAT,
@@ -163,7 +158,19 @@ class RewardModel:
             "head_bias": self.scalar.head.bias.item(),
             "trunk": self.scalar.trunk_fingerprint(),
         }
-        (folder / "accord.json").write_text(json.dumps(about, indent=2) + "\n")
+        with whole_folder(Path(folder)) as aside:
+            save_folder(
+                aside,
+                self.raw,
+                state,
+                architectures=[kind],
+                num_labels=1,
+                id2label={"0": "score"},
+                label2id={"score": 0},
+                pad_token_id=tokenizer.pad_id,
+            )
+            tokenizer.save(aside)
+            (aside / "accord.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(cls, name: str | Path, policy: Policy | None = None) -> RewardModel:
@@ -180,12 +187,14 @@ class RewardModel:
         loaded = load_model(str(folder), None if policy is None else policy.model.compute_dtype)
         if isinstance(loaded.model, ForeignModel):
             raise UserError(f"{folder} is no architecture accord computes; use classifier:{folder} instead.")
-        scalar = ScalarModel(loaded.model, int(about["cut"]))
+        if about["cut"] > loaded.model.depth or tensors["score.weight"].shape != (1, loaded.model.config.hidden_size):
+            raise UserError(f"{folder}: accord.json or the weight 'score.weight' is of another model; save the reward model again.")
+        scalar = ScalarModel(loaded.model, about["cut"])
         _restore_top(scalar, tensors)
         scalar.head.weight.data.copy_(tensors["score.weight"])
         scalar.head.bias.data.fill_(float(about["head_bias"]))
         scalar.requires_grad_(False)
-        context = int(loaded.raw.get("max_position_embeddings", 2048))
+        context = loaded.model.config.max_position_embeddings
         model = cls(scalar, Tokenizer.load(folder), loaded.raw, context, float(about["mean"]), float(about["scale"]))
         start = None if policy is None else policy.start
         if isinstance(start, Transformer) and start.config == loaded.model.config:
@@ -244,12 +253,15 @@ def read_about(folder: Path) -> dict[str, Any]:
     path = folder / "accord.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a reward model saved by accord (no accord.json); train one with accord reward.")
-    try:
-        about = json.loads(path.read_text())
-        if about["kind"] != "reward_model" or about["format"] > FORMAT:
-            raise UserError(f"{path}: kind {about['kind']} format {about['format']}; this accord reads reward_model format {FORMAT}.")
-        if not {"cut", "mean", "scale", "head_bias", "trunk"} <= about.keys():
-            raise UserError(f"{path} lacks fields of a reward model; save it again.")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); save the reward model again.") from None
-    return dict(about)
+    about = read_object(path)
+    if about.get("kind") != "reward_model" or about.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: kind {about.get('kind')!r} format {about.get('format')!r}; this accord reads reward_model format {FORMAT}."
+        )
+    for name, kinds in {"cut": (int,), "mean": (int, float), "scale": (int, float), "head_bias": (int, float), "trunk": (str,)}.items():
+        value = about.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{path}: field '{name}' is {value!r}; save the reward model again.")
+    if about["cut"] < 0 or not 0 < about["scale"] < 1e38 or max(abs(about["mean"]), abs(about["head_bias"])) > 1e38:
+        raise UserError(f"{path}: its cut, scale, mean or head_bias can be of no reward model; save it again.")
+    return about

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from accord.nn.budget import TokenBudget
 from accord.nn.loading import Model
 from accord.nn.transformer import Transformer
 from accord.reward.functions import Reject
@@ -108,23 +109,28 @@ def score_rollout(
     settings: RLSettings,
     guide: Guide | None = None,
     old_model: Model | None = None,
+    budget: TokenBudget | None = None,
 ) -> Experience:
     """Scores, reference and old log-probabilities and values: the frozen trunk is read once for all of them."""
-    budget, temperature = settings.micro_batch_tokens, settings.temperature
-    add_trunk(policy, rollout, budget)
+    budget, temperature = budget or TokenBudget(settings.micro_batch_tokens), settings.temperature
+    budget.fit(lambda tokens: add_trunk(policy, rollout, tokens))
     scored = reward(rollout)
-    mine = score(policy.model, rollout, policy.split, temperature, budget, guide)
-    raw = mine.logprobs if guide is None else score(policy.model, rollout, policy.split, temperature, budget).logprobs
-    reference = score(policy.start, rollout, policy.trunk_layers, temperature, budget)
+    mine = budget.fit(lambda tokens: score(policy.model, rollout, policy.split, temperature, tokens, guide))
+    raw = mine.logprobs
+    if guide is not None:
+        raw = budget.fit(lambda tokens: score(policy.model, rollout, policy.split, temperature, tokens)).logprobs
+    reference = budget.fit(lambda tokens: score(policy.start, rollout, policy.trunk_layers, temperature, tokens))
     mask = rollout.response_mask & scored.valid[:, None]
     if settings.kl_estimator == "full":
-        kl = kl_between(policy.model, policy.start, rollout, policy.split, policy.trunk_layers, temperature, budget)
+        kl = budget.fit(
+            lambda tokens: kl_between(policy.model, policy.start, rollout, policy.split, policy.trunk_layers, temperature, tokens)
+        )
     else:
         kl = kl_estimate(raw, reference.logprobs, settings.kl_estimator)
     if critic is None:
         values, final = torch.zeros_like(mine.logprobs), torch.zeros_like(scored.total)
     else:
-        values, final = critic_values(critic, rollout, budget)
+        values, final = budget.fit(lambda tokens: critic_values(critic, rollout, tokens))
     return Experience(
         rollout=rollout,
         mask=mask,

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accord.errors import UserError
+from accord.errors import Diverged
+from accord.nn.budget import TokenBudget
 from accord.reward.model import ScalarModel
 from accord.rl.experience import Experience, values_before
 from accord.rl.objective import value_loss
@@ -22,11 +23,17 @@ Loss = Callable[[Experience, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 class Optimizer:
     """AdamW over named groups of parameters, each with its own learning rate and gradient norm.
 
-    A step whose gradient is not finite is not taken; it is counted, and too many in a row stop the run.
+    A step whose gradient is not finite is not taken; it is counted, and too many in a row are a divergence.
+
+    Attributes:
+        budget: padded tokens of a micro-batch.
+        halvings: how often the learning rates were halved, after divergences.
     """
 
-    def __init__(self, groups: Mapping[str, tuple[Mapping[str, Tensor], float]], settings: RLSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self, groups: Mapping[str, tuple[Mapping[str, Tensor], float]], settings: RLSettings, budget: TokenBudget | None = None
+    ) -> None:
+        self._settings, self.budget, self.halvings = settings, budget or TokenBudget(settings.micro_batch_tokens), 0
         self._groups = {name: list(parameters.values()) for name, (parameters, _) in groups.items()}
         self._names = {name: list(parameters) for name, (parameters, _) in groups.items()}
         self._rates = [rate for _, rate in groups.values()]
@@ -37,7 +44,7 @@ class Optimizer:
 
     def set_step(self, step: int) -> None:
         """Learning rates of training step ``step`` (from 0): a linear rise over ``warmup_steps``, then constant."""
-        factor = min(1.0, (step + 1) / (self._settings.warmup_steps + 1))
+        factor = min(1.0, (step + 1) / (self._settings.warmup_steps + 1)) * 0.5**self.halvings
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
@@ -46,13 +53,7 @@ class Optimizer:
         count = rows.mask.sum()
         if count == 0:
             return {}
-        stats: dict[str, float] = defaultdict(float)
-        self._adam.zero_grad(set_to_none=True)
-        for index in rows.rollout.micro_batches(self._settings.micro_batch_tokens):
-            value, named = loss(rows.select(index), count)
-            value.backward()  # type: ignore[no-untyped-call]
-            for name, scalar in named.items():
-                stats[name] += float(scalar.detach())
+        stats = self.budget.fit(lambda tokens: self._gradients(rows, loss, count, tokens))
         norms = {
             name: torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm) for name, parameters in self._groups.items()
         }
@@ -64,6 +65,17 @@ class Optimizer:
             self.refuse()
         return dict(stats)
 
+    def _gradients(self, rows: Experience, loss: Loss, count: Tensor, tokens: int) -> dict[str, float]:
+        """Accumulate the gradients of ``rows`` from nothing; returns the sums of the named scalars."""
+        stats: dict[str, float] = defaultdict(float)
+        self._adam.zero_grad(set_to_none=True)
+        for index in rows.rollout.micro_batches(tokens):
+            value, named = loss(rows.select(index), count)
+            value.backward()  # type: ignore[no-untyped-call]
+            for name, scalar in named.items():
+                stats[name] += float(scalar.detach())
+        return stats
+
     def release(self) -> None:
         """Give back the gradients' memory until the next step."""
         self._adam.zero_grad(set_to_none=True)
@@ -72,14 +84,15 @@ class Optimizer:
         """Count a step that is not taken because its gradient is not finite.
 
         Raises:
-            UserError: it was one too many in a row.
+            Diverged: it was one too many in a row.
         """
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self._settings.max_nonfinite:
-            raise UserError(
+            raise Diverged(
                 f"{self.in_a_row} optimizer steps in a row had a gradient that is not finite; none was taken, and the run "
-                "stops. The last checkpoint is whole. Lower learning_rate, or look for extreme scores in completions.jsonl."
+                "stops. The last checkpoint is whole. Lower learning_rate, set on_divergence to rollback, or look for extreme "
+                "scores in completions.jsonl."
             )
 
     def state(self) -> dict[str, Tensor]:

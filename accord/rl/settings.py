@@ -78,6 +78,17 @@ class RLSettings(BaseModel):
     )
     kl_in: Literal["reward", "loss"] = Field("reward", description="Where the KL penalty stands")
     kl_warn: float = Field(25.0, gt=0, description="Warn when the policy is further than this from the reference, nats a completion")
+    entropy_warn: float = Field(0.05, ge=0, description="Warn when the policy's entropy falls below this, nats a token")
+    flat_groups_warn: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Warn when in more than this share of the prompts all completions have the same score (advantages within groups)",
+    )
+    saturation_warn: float = Field(
+        0.9, ge=0, le=1, description="Warn when more than this share of the completions has the step's best score"
+    )
+    value_warn: float = Field(-1.0, le=1, description="Warn when the critic's explained variance is below this five steps in a row")
     kl_stop: float | None = Field(None, gt=0, description="Stop there; null: never")
 
     truncation: Literal["penalize", "bootstrap", "nothing"] = Field(
@@ -93,7 +104,10 @@ class RLSettings(BaseModel):
     warmup_steps: int = Field(2, ge=0, description="Steps over which learning rates rise")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm, policy and critic each")
     max_nonfinite: int = Field(
-        3, ge=1, description="Stop after this many optimizer steps in a row whose gradient is not finite (none is ever taken)"
+        3, ge=1, description="This many optimizer steps in a row whose gradient is not finite are a divergence (none is ever taken)"
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop", description="Then: stop, or go back to the last checkpoint with half the learning rates (three times at most)"
     )
 
     max_steps: int = Field(50, ge=1, description="Stop after this many steps")

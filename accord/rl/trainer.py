@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from accord.data.records import Logged, Prompt
-from accord.errors import UserError
+from accord.errors import Diverged, UserError
+from accord.nn.budget import TokenBudget
 from accord.nn.foreign import ForeignModel
 from accord.nn.transformer import Transformer
-from accord.progress import bar, safe_point, stop_requested
+from accord.progress import bar, safe_point, stop_requested, to_the_end
 from accord.reward.functions import rejected_rows, told
 from accord.reward.model import RewardModel, ScalarModel
 from accord.reward.sources import Reward, RewardModelSource
@@ -35,6 +36,8 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
 
+ROLLBACKS = 3
+"""Times a run goes back to a checkpoint with half the learning rates before it stops (``on_divergence``)."""
 OFFLINE = [name for name, spec in ALGORITHMS.items() if spec.offline]
 
 
@@ -48,7 +51,7 @@ class Recorder(Protocol):
     """Where a run is written (:class:`accord.runs.Run`)."""
 
     def log(self, step: int, stats: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None: ...
-    def warn(self, text: str) -> None: ...
+    def warn(self, step: int, name: str, text: str) -> None: ...
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], score: float | None) -> None: ...
     def latest(self) -> Saved | None: ...
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
@@ -121,14 +124,43 @@ def train(
     algorithm's rollouts are of ``logged`` completions, with their own scores; ``reward`` then scores the validation.
     """
     check_start(start, prompts, validation, settings, environment, logged)
+    halvings = 0
+    while True:
+        try:
+            return _train(start, prompts, reward, settings, run, validation, environment, logged, halvings)
+        except _GoBack as back:
+            halvings = back.halvings
+
+
+class _GoBack(Exception):
+    """To the last checkpoint, with learning rates halved so often."""
+
+    def __init__(self, halvings: int) -> None:
+        self.halvings = halvings
+
+
+def _train(
+    start: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    settings: RLSettings,
+    run: Recorder,
+    validation: Sequence[Prompt],
+    environment: Environment | None,
+    logged: Sequence[Logged],
+    halvings: int,
+) -> Outcome:
     log, judge = (Log(logged, start, settings), Log.reward()) if logged else (None, reward)
-    state = State.begin(start, judge, settings, "" if log is None else log.digest)
-    policy, critic, optimizer, kl, algorithm = state.policy, state.critic, state.optimizer, state.kl, state.algorithm
+    state = State.begin(start, judge, settings, "" if log is None else log.digest, run)
+    policy, critic, optimizer, kl, algorithm, watch = state.policy, state.critic, state.optimizer, state.kl, state.algorithm, state.watch
     saved = run.latest()
     first = kept = state.restore(saved)
     if saved is not None and saved.about.get("stopped"):
         return Outcome(policy, str(saved.about["stopped"]), first)
-    engine, watch = Engine(policy, settings.rows, settings.rollout_weights), Watch(settings, run.warn)
+    if halvings > optimizer.halvings:
+        optimizer.halvings = halvings
+        run.warn(first, "rollback", f"training diverged; it goes on from here with learning rates times {0.5**halvings:g}.")
+    engine = Engine(policy, settings.rows, settings.rollout_weights)
     checker = engine if settings.rollout_weights == "same" else Engine(policy, settings.rows)  # validation is of the policy as saved
     held = list(validation)[: settings.validation_prompts]
     stopped: str | None = "max_steps" if first >= settings.max_steps else None
@@ -137,18 +169,20 @@ def train(
         progress.advance(first)
         while stopped is None:
             clock, failed, guide = Clock(), None, algorithm.guide()
-            if log is not None:
-                rollout = log.rollout(step)
-            else:
-                batch = batch_of(prompts, step, settings)
-                rollout = roll(engine, environment, batch, settings.completions_per_prompt, settings.sampling(step), guide)
-            clock.lap("rollout")
             try:
-                scored = score_rollout(policy, critic, judge, rollout, settings, guide, algorithm.old_model(policy))
+                if log is not None:
+                    rollout = log.rollout(step)
+                else:
+                    batch = batch_of(prompts, step, settings)
+                    rollout = roll(engine, environment, batch, settings.completions_per_prompt, settings.sampling(step), guide)
+                clock.lap("rollout")
+                scored = score_rollout(policy, critic, judge, rollout, settings, guide, algorithm.old_model(policy), state.budget)
                 state.rejections.count(step, scored, run)
                 if not bool(scored.valid.any()):
                     raise UserError(f"Step {step}: the reward skipped every completion (None), so there is nothing to learn from.")
-            except UserError:  # the reward failed: what was learned before this step is kept
+            except Diverged as error:
+                raise state.back(error) from None
+            except UserError:  # the reward failed, or a stop was asked for: what was learned before this step is kept
                 if step > kept:
                     run.save(step, state.tensors(), state.about(None), None)
                 raise
@@ -159,11 +193,16 @@ def train(
             experience = algorithm.advantages(scored, kl.coef)
             stats = measure(experience, kl.coef)
             optimizer.set_step(step)
-            stats |= algorithm.update(policy, critic, optimizer, experience, step)
+            try:
+                stats |= algorithm.update(policy, critic, optimizer, experience, step)
+            except Diverged as error:
+                raise state.back(error) from None
             optimizer.release()
             clock.lap("update")
             kl.update(stats["kl"], len(rollout))
-            watch.check(step, stats)
+            stats |= watch.check(step, stats)
+            if state.budget.halved:
+                watch.once(step, "memory", f"memory ran out; micro-batches now have {state.budget.tokens} tokens. The gradient is the same. Set micro_batch_tokens to that to save the attempts.")  # fmt: skip
             stats |= {"skipped_updates": float(optimizer.skipped), "tokens": float(rollout.response_mask.sum())}
             if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
                 try:
@@ -290,9 +329,11 @@ class State:
     settings: RLSettings
     log: str
     rejections: Rejections
+    watch: Watch
+    budget: TokenBudget
 
     @classmethod
-    def begin(cls, start: Policy, reward: Reward, settings: RLSettings, log: str = "") -> State:
+    def begin(cls, start: Policy, reward: Reward, settings: RLSettings, log: str = "", run: Recorder | None = None) -> State:
         native = isinstance(start.model, Transformer)
         adaptation = settings.adaptation if settings.adaptation != "auto" else "split" if native else "full"
         policy = start.adapt(adaptation, settings.top_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
@@ -303,20 +344,32 @@ class State:
         kl: KLController = FixedKL(settings.kl_coef)
         if settings.kl_target is not None:
             kl = AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        budget = TokenBudget(settings.micro_batch_tokens)
         return cls(
             policy,
             critic,
-            Optimizer(groups, settings),
+            Optimizer(groups, settings, budget),
             kl,
             make_algorithm(settings, policy, critic),
             settings,
             log,
             Rejections(settings.max_rejected),
+            Watch(settings, run.warn if run is not None else lambda step, name, text: None),
+            budget,
         )
+
+    def back(self, error: Diverged) -> Exception:
+        """What a divergence leads to: a way back, or the end."""
+        if self.settings.on_divergence == "stop":
+            return error
+        if self.optimizer.halvings == ROLLBACKS:
+            return UserError(f"{error} It went back {ROLLBACKS} times with lower learning rates already.")
+        return _GoBack(self.optimizer.halvings + 1)
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
-        rollout = roll(engine, environment, held, 1, self.settings.sampling(-1))
+        with to_the_end():  # without it, the step that has just been made would be another after a resume
+            rollout = roll(engine, environment, held, 1, self.settings.sampling(-1))
         scored = reward(rollout)
         return float(scored.total[scored.valid].mean())
 
@@ -334,6 +387,9 @@ class State:
             "kl": self.kl.state(),
             "skipped": self.optimizer.skipped,
             "in_a_row": self.optimizer.in_a_row,
+            "halvings": self.optimizer.halvings,
+            "watch": self.watch.state(),
+            "micro_batch_tokens": self.budget.tokens,
             "stopped": ended,
             "algorithm": self.algorithm.about(),
             "log": self.log,
@@ -365,6 +421,9 @@ class State:
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.kl.coef = float(saved.about["kl"]["coef"])
         self.rejections.rejected, self.rejections.asked = saved.about.get("rejections", [0, 0])
+        self.optimizer.halvings = int(saved.about.get("halvings", 0))
+        self.watch.restore(saved.about.get("watch", {}))
+        self.budget.tokens = min(self.budget.tokens, int(saved.about.get("micro_batch_tokens", self.budget.tokens)))
         return saved.step
 
 

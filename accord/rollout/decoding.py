@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from accord.data.records import Prompt
-from accord.errors import UserError
+from accord.errors import Diverged
 from accord.nn.foreign import ForeignModel
 from accord.nn.logprobs import LogitsProcessor, log_softmax_of
+from accord.progress import safe_point
 from accord.rollout.decoder import Decoder
 from accord.rollout.guides import Guide
 from accord.rollout.pieces import Pieces, pieces_for
@@ -142,6 +143,7 @@ class Decoding:
             else:
                 for _ in range(min(self.burst, self.sampling.max_new_tokens)):
                     self.step(longest)
+            safe_point("What was finished before is kept.")
             total, now_left = int(self.out.counts.sum()), len(self.queue) + int((self.job < N).sum())
             report(left - now_left, total - written)
             written, left = total, now_left
@@ -211,7 +213,7 @@ def choose(
     if processor is None and not sampling.top_k and sampling.top_p == 1:
         tokens, drawn = pieces.draw(logits, luck, sampling.temperature)
         if not drawn.is_cuda and not bool(torch.isfinite(drawn).all()):
-            raise UserError(
+            raise Diverged(
                 "The model's logits are not finite, so nothing can be sampled: its weights are damaged, or training has diverged."
             )
         return drawn, tokens
@@ -256,6 +258,7 @@ def decode_foreign(
         at = lengths + count
         out.record(job[active], at[active], chosen[active], logprobs[active], done[active])
         ended = active & (done | (count + 1 >= sampling.max_new_tokens))
+        safe_point("What was finished before is kept.")
         report(int(ended.sum()), int(active.sum()))
         tokens, positions = chosen[:, None], at[:, None]
         mask = torch.cat((mask, active[:, None]), dim=1)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from accord.disk import whole_folder
 from accord.errors import UserError
 from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model, resolve_dtype
@@ -125,14 +126,14 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that ``transformers`` opens; for LoRA also ``adapter/``, which PEFT opens."""
-        folder = Path(folder)
-        if isinstance(self.model, ForeignModel):
-            self.model.inner.save_pretrained(str(folder))  # type: ignore[operator]
-        else:
-            save_folder(folder, self.raw, merged_state(self.model))
-            if lora_layers(self.model):
-                save_lora(self.model, folder / "adapter", self.source)
-        self.tokenizer.save(folder)
+        with whole_folder(Path(folder)) as aside:
+            if isinstance(self.model, ForeignModel):
+                self.model.inner.save_pretrained(str(aside))  # type: ignore[operator]
+            else:
+                save_folder(aside, self.raw, merged_state(self.model))
+                if lora_layers(self.model):
+                    save_lora(self.model, aside / "adapter", self.source)
+            self.tokenizer.save(aside)
 
 
 def share_layers(start: Transformer, cut: int) -> Transformer:

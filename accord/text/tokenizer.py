@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from accord.errors import UserError
+from accord.disk import read_object
+from accord.errors import UserError, first_line
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
@@ -46,8 +45,11 @@ class Tokenizer:
         eos: list[int] = []
         for name in ("generation_config.json", "config.json"):
             if (folder / name).is_file():
-                given = json.loads((folder / name).read_text()).get("eos_token_id")
-                eos += given if isinstance(given, list) else [] if given is None else [given]
+                given = read_object(folder / name).get("eos_token_id")
+                ends = given if isinstance(given, list) else [] if given is None else [given]
+                if not all(type(end) is int and end >= 0 for end in ends):
+                    raise UserError(f"{folder / name}: eos_token_id is {str(given)[:60]!r}; it must be a token's id, or a list of ids.")
+                eos += ends
         return cls(inner, eos)
 
     def save(self, folder: Path) -> None:
@@ -73,9 +75,9 @@ class Tokenizer:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
             text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise UserError(f"The model's chat template refuses the prompt: {error}") from None
-        return list(self.inner(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # the template is a program of the model's author
+            raise UserError(f"The model's chat template refuses the prompt: {first_line(error)}") from None
+        return self._encode(text, False)
 
     def encode_completion(self, text: str, finished: bool) -> list[int]:
         """Ids of a completion, with the end-of-sequence token if it finished by itself."""
@@ -85,7 +87,13 @@ class Tokenizer:
     def _ids(self, text: str, special: bool) -> list[int]:
         if self._alphabet is not None and (unknown := set(text) - self._alphabet):
             raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(unknown)))}, for which this model has no token.")
-        return list(self.inner(text, add_special_tokens=special)["input_ids"])
+        return self._encode(text, special)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            return list(self.inner(text, add_special_tokens=special)["input_ids"])
+        except Exception as error:  # of a tokenizer whose settings are damaged: anything
+            raise UserError(f"The tokenizer cannot read {text[:60]!r} ({first_line(error)}); copy its files again.") from None
 
     def encode_turn(self, text: str, ended: bool) -> list[int]:
         """Ids of what another says after the policy's turn, up to where the policy writes again.
