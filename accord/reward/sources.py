@@ -15,6 +15,7 @@ from accord.data.records import Completion
 from accord.errors import UserError, first_line
 from accord.reward.functions import CallableSource, Contained, FunctionSource, Reject, RewardFunction
 from accord.reward.model import RewardModel
+from accord.reward.remote import RemoteSource
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 
@@ -62,7 +63,7 @@ class Reward:
 
     def close(self) -> None:
         for _, source in self.sources:
-            if isinstance(source, FunctionSource):
+            if isinstance(source, (FunctionSource, RemoteSource)):
                 source.close()
 
 
@@ -141,7 +142,7 @@ class ClassifierSource:
 def parse_reward(
     spec: str | RewardModel | RewardFunction, policy: Policy, timeout: float, memory: float | None = None
 ) -> tuple[float, Source]:
-    """``[WEIGHT*]FOLDER | [WEIGHT*]module:function | [WEIGHT*]classifier:NAME[@LABEL]``, or the object itself."""
+    """``[WEIGHT*]SPEC``, or the object itself. SPEC: ``FOLDER | module:function | classifier:NAME[@LABEL] | http://...``"""
     if isinstance(spec, RewardModel):
         return 1.0, RewardModelSource("reward_model", spec, policy)
     if not isinstance(spec, str):
@@ -155,12 +156,14 @@ def parse_reward(
     name = match[2]
     if name.startswith("classifier:"):
         return weight, ClassifierSource(name)
+    if name.startswith(("http://", "https://")):
+        return weight, RemoteSource(name, timeout)
     if Path(name).is_dir():
         return weight, RewardModelSource(name, RewardModel.load(name, policy), policy)
     if re.fullmatch(r"[\w.]+:\w+", name):
         return weight, FunctionSource(name, timeout, memory)
     raise UserError(
-        f"Reward '{name}' is neither a folder, nor module:function, nor classifier:NAME. "
+        f"Reward '{name}' is neither a folder, nor module:function, nor classifier:NAME, nor a service's URL. "
         "Train a reward model with accord reward, or write a function over texts."
     )
 
