@@ -1,9 +1,9 @@
-# make demo, make test, make check, make bench, make bench-algorithms: each makes .venv first, from pyproject.toml under constraints.txt.
+# make demo, make test, make test-faults, make check, make bench, make bench-algorithms: each makes .venv first, from pyproject.toml under constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo bench bench-algorithms test check format clean
+.PHONY: demo bench bench-algorithms test test-faults check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "accord needs Python 3.11 or later; try make PYTHON=python3.12")'
@@ -25,6 +25,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -rs
+
+test-faults: .venv/ready
+	$(BIN)/python tests/faults/campaign.py --write
+	$(BIN)/python tests/faults/fuzz.py --each 650 --write
+	$(BIN)/python tests/faults/soak.py --minutes 120 --write
 
 check: .venv/ready
 	$(BIN)/ruff check .
