@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.markup import escape
 from safetensors import SafetensorError
 
 from accord.errors import UserError, first_line
@@ -60,7 +61,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UserError: they could not be written; the file is as it was.
     """
-    data = "".join(map(as_line, rows)).encode()
+    data = "".join(map(as_line, rows)).encode("utf-8", "backslashreplace")  # half a surrogate pair, as JSON escapes it
 
     def write() -> None:
         with path.open("ab", buffering=0) as handle:
@@ -142,31 +143,38 @@ def repair_lines(path: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside ``folder``, which takes its place, flushed to the disk, once the block ends without an error.
+    """Yields a new folder beside ``folder`` that takes its place, flushed to the disk, once the block ends without an error.
+
+    Where ``folder`` exists already, its files are replaced one by one, and what else is in it stays.
 
     Raises:
         UserError: it could not be written; what was there is still there.
     """
-    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give the name of a folder.")
+    aside = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        for path in [*(p for p in aside.rglob("*")), aside]:
+        paths = sorted(aside.rglob("*"))
+        for path in [*paths, aside]:
             flush(path)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(aside, folder)
+        if not folder.exists():
+            os.replace(aside, folder)
+        else:
+            for path in paths:
+                there = folder / path.relative_to(aside)
+                there.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, there)
+            flush(folder)
+            shutil.rmtree(aside, ignore_errors=True)
         flush(folder.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
         if isinstance(error, Exception) and number_of(error):  # of Python, or of a library in Rust
             raise disk_error(folder.parent, error) from None
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def patiently(folder: Path, write: Callable[[], Result], needed: int = 0) -> Result:
@@ -189,7 +197,7 @@ def patiently(folder: Path, write: Callable[[], Result], needed: int = 0) -> Res
             if number_of(error) not in FULL or time.monotonic() >= until or stop_requested():
                 raise disk_error(folder, error) from None
             if not told:
-                console.print(f"[bold yellow]The disk of {folder} is full[/] ({reason_of(error)}). Waiting; make room, or stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
+                console.print(f"[bold yellow]The disk of {escape(str(folder))} is full[/] ({escape(reason_of(error))}). Waiting; make room, or stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
                 told = True
             time.sleep(min(POLL, max(until - time.monotonic(), 0)))
             continue

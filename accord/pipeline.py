@@ -26,7 +26,7 @@ from accord.feedback.panel import simulated_panel
 from accord.nn.memory import give_back_freed_memory
 from accord.plan import Plan, plan_for_recipe
 from accord.progress import console, safe_point
-from accord.reward.sources import build_reward
+from accord.reward.sources import Reward, build_reward
 from accord.reward.training import train_reward_model
 from accord.rl.explain import Explained, explain
 from accord.rollout.policy import Policy
@@ -176,7 +176,7 @@ class Pipeline:
         return Done(gate, report.to_json(), sum(len(c.tokens) for g in groups for c in g.completions) * self.recipe.reward.epochs)
 
     def rl(self) -> Done:
-        source = build_reward(str(self.run.folder / "reward"), self.policy)
+        source = own_reward(self.run, self.policy)
         outcome = run_rl(self.run, self.policy, self.split("train"), source, self.recipe.rl, self.split("validation"))
         metrics = [m for m in self.run.read("metrics.jsonl") if m["step"] >= 0]
         kl, limit = metrics[-1]["kl"], self.recipe.gates.max_kl
@@ -214,6 +214,13 @@ class Pipeline:
         console.print(f"All gates passed in {total / 60:.1f} minutes, peak memory {peak:.1f} GB.")
         console.print(f"Report: {self.run.folder / 'report.html'}", soft_wrap=True)
         console.print(f"Model:  {self.run.folder / 'policy'}   (try: accord chat --model {self.run.folder / 'policy'})", soft_wrap=True)
+
+
+def own_reward(run: Run, policy: Policy) -> Reward:
+    """The reward model that the run has trained; its name in the logs does not depend on where the folder is."""
+    reward = build_reward(str(run.folder / "reward"), policy)
+    reward.sources[0][1].name = "reward_model"
+    return reward
 
 
 def plan_run(recipe: Recipe) -> tuple[RLSettings, Plan | None]:
@@ -257,7 +264,7 @@ def explain_run(folder: str | Path, row: int = 0) -> Explained:
         stages = Pipeline(build(Recipe, config["recipe"], where), run)
         if not (run.folder / "reward").is_dir():
             raise UserError(f"{folder} has no reward model yet, so there is no objective; go on with it: accord resume {folder}")
-        source = build_reward(str(run.folder / "reward"), stages.policy)
+        source = own_reward(run, stages.policy)
         return explain(stages.policy, stages.split("train"), source, stages.recipe.rl, run.saved.newest(), row=row)
     if config["command"] != "rl":
         raise UserError(f"{folder} is a run of accord {config['command']}, which has no objective; give one of accord rl, demo or run.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,7 +31,7 @@ def orderly_stop() -> Iterator[None]:
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _Stop.requested:
-            os._exit(130)  # at once: nothing is cleaned up, and nothing needs to be
+            sys.exit(130)
         _Stop.requested = True
         console.print("\n[yellow]Stopping as soon as nothing is lost by it; press again to leave at once.[/]")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 from torch import Tensor
 
 from accord.checkpoints import Checkpoints
@@ -22,10 +23,10 @@ STEPPED = ("metrics.jsonl", "timings.jsonl", "completions.jsonl", "rejects.jsonl
 LOGS = (*STEPPED, "history.jsonl", "stages.jsonl", "gates.jsonl", "sampled.jsonl")
 FREE = {
     "max_steps", "stop_at_score", "kl_stop", "kl_warn", "checkpoint_every", "reward_timeout", "reward_memory", "max_rejected",
-    "max_nonfinite", "on_divergence", "entropy_warn", "flat_groups_warn", "saturation_warn", "value_warn",
+    "max_nonfinite", "on_divergence", "micro_batch_tokens", "entropy_warn", "flat_groups_warn", "saturation_warn", "value_warn",
     "gates",
 }  # fmt: skip
-"""Settings that say when to stop, to save, to warn or to be content, and do not change what a step computes."""
+"""Settings that say when to stop, to save, to warn or to be content, and do not change what a step computes (but for rounding)."""
 
 
 class Run:
@@ -37,6 +38,7 @@ class Run:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.saved, self.allow_changes = folder, Checkpoints(folder / "checkpoints", keep), False
+        self._accepted: list[dict[str, Any]] = []  # changes that are written down with the first thing that is made with them
         try:
             self._lock = (folder / ".lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel when the process ends
@@ -127,7 +129,7 @@ class Run:
         console.print(f"Going on with changed settings: {told}", soft_wrap=True, markup=False)
         newest = self.saved.all()
         changes = [{"setting": n, "from": before.get(n), "to": now.get(n)} for n in names]
-        self.append("history.jsonl", [{"changed": kind, "step": newest[-1][0] if newest else 0, "changes": changes}])
+        self._accepted.append({"changed": kind, "step": newest[-1][0] if newest else 0, "changes": changes})
 
     def log(self, step: int, stats: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
         """Append one line of metrics and the step's completions; how long it took is a line of ``timings.jsonl``."""
@@ -138,11 +140,19 @@ class Run:
         self.append("metrics.jsonl", [{"step": step, **{n: v for n, v in stats.items() if not n.startswith("seconds/")}}])
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._accepted:
+            append_lines(self.folder / "history.jsonl", self._accepted)
+            self._accepted = []
         append_lines(self.folder / name, rows)
+
+    def amend(self, step: int, stats: Mapping[str, float]) -> None:
+        """Add to a step's metrics what could not be measured when it was made."""
+        rows = self.read("metrics.jsonl")
+        write_lines(self.folder / "metrics.jsonl", [{**row, **stats} if row["step"] == step else row for row in rows])
 
     def warn(self, step: int, name: str, text: str) -> None:
         """A named warning: in the terminal, in ``warnings.jsonl``, in the report."""
-        console.print(f"[bold yellow]Warning[/] [dim]{name}[/] step {step}: {text}", soft_wrap=True)
+        console.print(f"[bold yellow]Warning[/] [dim]{name}[/] step {step}: {escape(text)}", soft_wrap=True)
         self.append("warnings.jsonl", [{"step": step, "name": name, "warning": text}])
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -170,6 +180,8 @@ class Run:
         """Drop what was logged after the checkpoint that training goes on from; it will be written again."""
         for name in STEPPED:
             rows = self.read(name)
+            if name == "warnings.jsonl":  # until format 2 of the checkpoints they named no step
+                rows = [row for row in rows if "step" in row]
             for number, row in enumerate(rows, 1):
                 if type(row.get("step")) is not int:
                     raise UserError(

@@ -23,4 +23,4 @@ def test_killed_and_failing_runs_end_as_an_undisturbed_one():
 
 
 def test_damaged_files_are_told_in_a_sentence():
-    assert "0 failed" in run("fuzz.py", "--each", 40, "--seed", 1)
+    assert " inputs, 0 failed." in run("fuzz.py", "--each", 40, "--seed", 1)

@@ -7,6 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
 from accord import progress
 from accord.errors import Interrupted, UserError
@@ -43,7 +44,13 @@ class Service:
 
             def answer(self, what, answer):
                 status, headers, body = 200, {}, json.dumps(answer).encode()
-                if isinstance(what, int):
+                if isinstance(what, tuple):
+                    (status, headers), body = what, b""
+                elif what == "half":
+                    self.wfile.write(b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\nzz")
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                elif isinstance(what, int):
                     status, body = what, b"come back later\nor not"
                 elif isinstance(what, dict):
                     status, headers, body = 503, what, b""
@@ -91,7 +98,8 @@ def lengths(rollout):
 
 
 @pytest.mark.parametrize(
-    "trouble", [[503], [429, 500, 502], ["drop"], [{"Retry-After": "0.05"}], [{"Retry-After": "Fri, 31 Dec 2027 23:59:59 GMT"}], [503] * 5]
+    "trouble",
+    [[503], [429, 500, 502], ["drop"], ["half"], [{"Retry-After": "0.05"}], [{"Retry-After": "Fri, 31 Dec 2027 23:59:59 GMT"}], [503] * 5],
 )
 def test_what_passes_is_tried_again(service, rollout, trouble):
     service.script = list(trouble)
@@ -107,7 +115,7 @@ def test_what_passes_is_tried_again(service, rollout, trouble):
         (404, "answered 404"),
         (b"<html>", "not JSON"),
         (b'{"score": 1}', "no list of scores"),
-        (b'{"scores": [1]}', r"1 scores? for 16|16"),
+        (b'{"scores": [1]}', r"1 .*16"),
         (b"[" * 100_000, "not JSON"),
         (b'{"scores": "abcdefghijklmnop"}', "no list of scores"),
     ],
@@ -121,6 +129,38 @@ def test_what_does_not_pass_costs_its_completions_and_is_told(service, rollout, 
     assert re.search(cause, source.rejects[0].cause), source.rejects[0].cause
     assert service.requests == 1
     assert source.score(rollout) == lengths(rollout)  # nothing wrong was kept
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(service, rollout, status, monkeypatch):
+    """It would take the token, and the texts, to whoever it names."""
+    monkeypatch.setenv("ACCORD_REWARD_TOKEN", "secret")
+    other = Service()
+    try:
+        source = RemoteSource(service.url)
+        service.script = [(status, {"Location": other.url})]
+        assert source.score(rollout) == [None] * 16 and f"answered {status}" in source.rejects[0].cause
+        assert other.requests == 0 and not other.headers
+    finally:
+        other.close()
+
+
+def test_the_same_text_twice_in_a_rollout_is_asked_once(service, rollout):
+    twice = rollout.select(torch.tensor([0, 1, 0, 2, 1]))
+    assert RemoteSource(service.url).score(twice) == lengths(twice) and len(service.asked) == 3
+
+
+@pytest.mark.parametrize("url", ["http://[::1/score", "http://a..b/", "http://h/\u00fc", "http://h:port/"])
+def test_what_is_no_url_is_a_sentence(url):
+    with pytest.raises(UserError, match="is no URL"):
+        RemoteSource(url)
+
+
+def test_a_token_that_is_none_is_a_sentence_without_it(service, monkeypatch):
+    monkeypatch.setenv("ACCORD_REWARD_TOKEN", "secret\r")
+    with pytest.raises(UserError, match="ACCORD_REWARD_TOKEN") as caught:
+        RemoteSource(service.url)
+    assert "secret" not in str(caught.value)
 
 
 def test_one_odd_score_costs_one_completion(service, rollout):

@@ -194,6 +194,8 @@ def test_a_setting_that_only_says_when_to_stop_may_change(tmp_path, capsys):
     edit(tmp_path / "r", steps=5)
     run, given = Run.open(tmp_path / "r")
     assert given["rl"]["max_steps"] == 5 and "rl.max_steps 3 -> 5" in capsys.readouterr().out
+    assert len(run.read("history.jsonl")) == 1  # nothing was made with it yet
+    run.log(0, {"score": 1.0}, [])
     assert run.read("history.jsonl")[-1]["changes"] == [{"setting": "rl.max_steps", "from": 3, "to": 5}]
     run.close()
     Run.open(tmp_path / "r")[0].close()
@@ -206,12 +208,14 @@ def test_another_setting_is_refused_by_name_unless_allowed(tmp_path):
     with pytest.raises(UserError, match=r"rl\.learning_rate \(it was 0\.1, it is 0\.2\).*--allow-changes"):
         Run.open(tmp_path / "r")
     run, _ = Run.open(tmp_path / "r", allow_changes=True)  # which the refusal has not left locked
+    run.log(0, {"score": 1.0}, [])
     save(run, 7)
     run.close()
     edit(tmp_path / "r", lr=0.1)
     with pytest.raises(UserError, match=r"it was 0\.2, it is 0\.1"):  # what was accepted is what counts now
         Run.open(tmp_path / "r")
     run, _ = Run.open(tmp_path / "r", allow_changes=True)
+    run.log(7, {"score": 1.0}, [])
     assert [row.get("step") for row in run.read("history.jsonl")] == [None, 0, 7]
 
 
@@ -286,6 +290,15 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path):
         (aside / "weights").write_text("three")
         raise RuntimeError
     assert (folder / "weights").read_text() == "two" and os.listdir(tmp_path) == ["policy"]
+    (folder / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    with whole_folder(tmp_path / "link") as aside:
+        (aside / "deeper").mkdir()
+        (aside / "deeper" / "weights").write_text("three")
+    assert (folder / "thesis.txt").read_text() == "mine" and (folder / "deeper" / "weights").read_text() == "three"
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "policy"]
+    with pytest.raises(UserError, match="is a file"), whole_folder(folder / "thesis.txt"):
+        pass
 
 
 def test_what_cannot_be_written_is_a_sentence(tmp_path):

@@ -53,5 +53,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up: of Python, of torch on a CPU, or of a GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "can't allocate memory" in text or "CUDA out of memory" in text
+    text = str(error).lower()
+    return any(sign in text for sign in ("defaultcpuallocator", "can't allocate memory", "out of memory", "alloc_failed"))

@@ -60,20 +60,23 @@ class ConfigFile(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
     rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
-    rope_parameters: dict[str, str | bool | int | float | list[int | float] | None] | None = None
-    rope_scaling: dict[str, str | bool | int | float | list[int | float] | None] | None = None
-    sliding_window: int | None = Field(None, ge=1)
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: int | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = Field(None, ge=0)
     layer_types: list[str] | None = None
-    no_rope_layers: list[int] | None = None
+    no_rope_layers: list[int | bool] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ConfigFile:
-        for name in ("layer_types", "no_rope_layers"):
+        used = {"layer_types": self.window is not None, "no_rope_layers": self.model_type == "smollm3"}
+        for name, needed in used.items():
             given = getattr(self, name)
-            if given and len(given) != self.num_hidden_layers:
+            if needed and given and len(given) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(given)} entries for {self.num_hidden_layers} layers")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"sliding_window is {self.window}; it must be 1 or more")
         if self.num_attention_heads % self.groups:
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.groups} key/value heads")
         if self.width % 2:
@@ -82,6 +85,10 @@ class ConfigFile(BaseModel):
         if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
             raise ValueError(f"rope_theta is {theta!r}; it must be a number above 0")
         return self
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.model_type == "mistral" or self.use_sliding_window else None
 
     @property
     def groups(self) -> int:
@@ -106,14 +113,14 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         UserError: naming the first field that is missing or wrong.
     """
     try:
-        c = ConfigFile.model_validate(raw)
+        c = ConfigFile.model_validate({name: value for name, value in raw.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"][:2]))
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {f'field {field}: ' if field else ''}{message}; copy or save the model again.") from None
     kind, layers = c.model_type, c.num_hidden_layers
-    window = c.sliding_window if kind == "mistral" or c.use_sliding_window else None
+    window = c.window
     if window is None:
         windowed: tuple[bool, ...] = (False,) * layers
     elif c.layer_types:
@@ -235,6 +242,8 @@ def fingerprint(module: nn.Module | dict[str, Tensor]) -> str:
 
 
 def sampled_fingerprint(module: nn.Module, each: int = 4096) -> str:
-    """Like :func:`fingerprint` of some values of every tensor: fast for a model of any size, and different for different training."""
+    """Like :func:`fingerprint` of some values of every tensor: fast for a model of any size, different for
+    different training, and the same in whichever dtype the model was opened."""
     state = module.state_dict()
-    return fingerprint({name: t.flatten()[:: max(t.numel() // each, 1)] for name, t in state.items()})[:16]
+    some = {name: t.flatten()[:: max(t.numel() // each, 1)] for name, t in state.items()}
+    return fingerprint({name: t.bfloat16() if t.is_floating_point() else t for name, t in some.items()})[:16]

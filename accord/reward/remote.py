@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from accord.errors import UserError, first_line
 from accord.nn.bundled import cache_folder
 from accord.progress import console, safe_point
@@ -54,9 +56,16 @@ class RemoteSource(Contained):
 
     def __init__(self, url: str, timeout: float = 60.0, cache: Path | None = None) -> None:
         super().__init__(url, timeout)
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            _ = parts.port, url.encode("ascii"), (parts.hostname or "").encode("idna")
+        except ValueError as error:
+            raise UserError(f"Reward '{url}' is no URL ({first_line(error)}); write http://HOST[:PORT]/PATH in ASCII.") from None
         if not parts.hostname:
             raise UserError(f"Reward '{url}' names no host; write http://HOST[:PORT]/PATH.")
+        token = os.environ.get("ACCORD_REWARD_TOKEN", "")
+        if not (token.isascii() and token.isprintable()):
+            raise UserError("ACCORD_REWARD_TOKEN has characters that no header may hold (a line end?); set it again.")
         self.asked = 0
         self._answers = Answers(cache or cache_folder() / "rewards.sqlite", url)
         try:
@@ -72,11 +81,12 @@ class RemoteSource(Contained):
         self.rejects = []
         known = self._answers.of(zip(prompts, texts, strict=True))
         missing = []
+        first: dict[tuple[str, str], int] = {}
         for row, answer in enumerate(known):
-            if answer is None:
-                missing.append(row)
-            else:
+            if answer is not None:
                 out[row] = answer[0]
+            elif first.setdefault((prompts[row], texts[row]), row) == row:
+                missing.append(row)
         for start in range(0, len(missing), self.EACH):
             rows = missing[start : start + self.EACH]
             safe_point("What the service has answered is kept.")
@@ -87,6 +97,13 @@ class RemoteSource(Contained):
                 continue
             taken = self._take(rows, values, out)
             self._answers.keep([(prompts[i], texts[i], out[i]) for i in taken])
+        causes = {reject.row: reject.cause for reject in self.rejects}
+        for row, answer in enumerate(known):  # the same text again
+            same = first.get((prompts[row], texts[row]), row)
+            if answer is None and same != row:
+                out[row] = out[same]
+                if same in causes:
+                    self._reject([row], causes[same])
         self.rejects.sort(key=lambda reject: reject.row)
         return out
 
@@ -110,7 +127,7 @@ class RemoteSource(Contained):
                         "kept. Go on when it is back."
                     ) from None
                 if failed == self.BREAK:
-                    console.print(f"[bold yellow]The reward {self.name} is down[/] ({again.cause}). It is asked again every {self.REST:g} s; stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
+                    console.print(f"[bold yellow]The reward {self.name} is down[/] ({escape(again.cause)}). It is asked again every {self.REST:g} s; stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
                 if failed >= self.BREAK:
                     self._sleep(self.REST)
                 continue
@@ -146,13 +163,12 @@ class RemoteSource(Contained):
         body = json.dumps({"prompts": prompts, "completions": completions}).encode()
         request = urllib.request.Request(self.name, data=body, headers=headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with OPENER.open(request, timeout=self.timeout) as response:
                 data = response.read(LARGEST + 1)
                 if response.length and len(data) <= LARGEST:
                     raise _Again("broke off in the middle of its answer")
         except urllib.error.HTTPError as error:
-            with error:
-                told = f"answered {error.code}: {first_line(ValueError(error.read(2000).decode(errors='replace') or error.reason))}"
+            told = f"answered {error.code}: {_body(error)}"
             if error.code in TRANSIENT:
                 raise _Again(told, _seconds(error.headers.get("Retry-After"))) from None
             raise Failed(told, halve=False) from None
@@ -178,6 +194,26 @@ class RemoteSource(Contained):
 
     def close(self) -> None:
         self._answers.close()
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the token to whoever it names."""
+
+    def redirect_request(self, *arguments: Any, **named: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    """The first line of an error's text; it may break off too."""
+    try:
+        with error:
+            text = error.read(2000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return first_line(ValueError(text or str(error.reason)))
 
 
 class _Again(Exception):

@@ -201,6 +201,8 @@ class RLSettings(BaseModel):
             raise ValueError(
                 f"kl_estimator {self.kl_estimator} needs tokens that the policy itself has drawn; {foreign_tokens} are not, so use full"
             )
+        if self.on_divergence == "rollback" and name == "trpo":
+            raise ValueError("on_divergence rollback halves the learning rates, and trpo's step does not depend on them; leave it out")
         if self.truncation == "bootstrap" and self.advantage != "gae":
             raise ValueError(f"truncation bootstrap needs a critic's value, and advantage {self.advantage} has none")
 

@@ -55,6 +55,7 @@ class Recorder(Protocol):
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], score: float | None) -> None: ...
     def latest(self) -> Saved | None: ...
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def amend(self, step: int, stats: Mapping[str, float]) -> None: ...
 
 
 @dataclass
@@ -155,20 +156,26 @@ def _train(
     policy, critic, optimizer, kl, algorithm, watch = state.policy, state.critic, state.optimizer, state.kl, state.algorithm, state.watch
     saved = run.latest()
     first = kept = state.restore(saved)
-    if saved is not None and saved.about.get("stopped"):
+    if saved is not None and saved.about.get("stopped") and saved.about.get("stopped_at") == state.limit(saved.about["stopped"]):
         return Outcome(policy, str(saved.about["stopped"]), first)
     if halvings > optimizer.halvings:
-        optimizer.halvings = halvings
+        optimizer.halvings, optimizer.in_a_row = halvings, 0
         run.warn(first, "rollback", f"training diverged; it goes on from here with learning rates times {0.5**halvings:g}.")
     engine = Engine(policy, settings.rows, settings.rollout_weights)
     checker = engine if settings.rollout_weights == "same" else Engine(policy, settings.rows)  # validation is of the policy as saved
     held = list(validation)[: settings.validation_prompts]
     stopped: str | None = "max_steps" if first >= settings.max_steps else None
     step = first
+    if saved is not None and saved.about.get("validation_due"):
+        score = state.validate(checker, held, reward, environment)
+        run.amend(first - 1, {"validation_score": score})
+        stopped = stopped or stop_reason(settings, first, {"kl": -math.inf, "validation_score": score})
+        run.save(first, state.tensors(), state.about(stopped), score)
     with bar(settings.algorithm.upper(), settings.max_steps) as progress:
         progress.advance(first)
         while stopped is None:
             clock, failed, guide = Clock(), None, algorithm.guide()
+            counted = state.rejections.rejected, state.rejections.asked
             try:
                 if log is not None:
                     rollout = log.rollout(step)
@@ -183,6 +190,7 @@ def _train(
             except Diverged as error:
                 raise state.back(error) from None
             except UserError:  # the reward failed, or a stop was asked for: what was learned before this step is kept
+                state.rejections.rejected, state.rejections.asked = counted
                 if step > kept:
                     run.save(step, state.tensors(), state.about(None), None)
                 raise
@@ -207,7 +215,9 @@ def _train(
             if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
                 try:
                     stats["validation_score"] = state.validate(checker, held, reward, environment)
-                except UserError as error:
+                except Diverged as error:
+                    raise state.back(error) from None
+                except UserError as error:  # it is made up for on resume
                     failed = error
                 clock.lap("validate")
             run.log(step, stats | clock.laps, rows_of(experience, step))
@@ -216,7 +226,10 @@ def _train(
             step += 1
             stopped = stop_reason(settings, step, stats)
             if step % settings.checkpoint_every == 0 or stopped or failed or stop_requested():
-                run.save(step, state.tensors(), state.about(stopped), stats.get("validation_score"))
+                tensors = state.tensors()
+                if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                    raise state.back(Diverged(f"Step {step - 1}: a weight is not finite any more, so nothing is saved of it."))
+                run.save(step, tensors, state.about(None if failed else stopped, failed is not None), stats.get("validation_score"))
                 kept = step
             if failed:
                 raise failed
@@ -368,9 +381,9 @@ class State:
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
-        with to_the_end():  # without it, the step that has just been made would be another after a resume
+        with to_the_end():  # a stop waits: the step that has just been made is whole with its validation
             rollout = roll(engine, environment, held, 1, self.settings.sampling(-1))
-        scored = reward(rollout)
+            scored = reward(rollout)
         return float(scored.total[scored.valid].mean())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -380,7 +393,12 @@ class State:
         out |= {f"algorithm/{n}": t for n, t in self.algorithm.tensors().items()}
         return out | {f"optimizer/{n}": t for n, t in self.optimizer.state().items()}
 
-    def about(self, stopped: str | None) -> dict[str, Any]:
+    def limit(self, stopped: str) -> float | None:
+        """The setting that ended the run: with another one it goes on."""
+        value: float | None = getattr(self.settings, stopped)
+        return value
+
+    def about(self, stopped: str | None, validation_due: bool = False) -> dict[str, Any]:
         """What a checkpoint holds besides tensors. A run that ended by ``max_steps`` may be given more of them."""
         ended = stopped if stopped != "max_steps" else None
         return {
@@ -389,8 +407,10 @@ class State:
             "in_a_row": self.optimizer.in_a_row,
             "halvings": self.optimizer.halvings,
             "watch": self.watch.state(),
-            "micro_batch_tokens": self.budget.tokens,
+            "micro_batch_tokens": self.budget.tokens if self.budget.halved else None,
             "stopped": ended,
+            "stopped_at": self.limit(ended) if ended else None,
+            "validation_due": validation_due,
             "algorithm": self.algorithm.about(),
             "log": self.log,
             "rejections": [self.rejections.rejected, self.rejections.asked],
@@ -423,7 +443,7 @@ class State:
         self.rejections.rejected, self.rejections.asked = saved.about.get("rejections", [0, 0])
         self.optimizer.halvings = int(saved.about.get("halvings", 0))
         self.watch.restore(saved.about.get("watch", {}))
-        self.budget.tokens = min(self.budget.tokens, int(saved.about.get("micro_batch_tokens", self.budget.tokens)))
+        self.budget.tokens = min(self.budget.tokens, saved.about.get("micro_batch_tokens") or self.budget.tokens)
         return saved.step
 
 

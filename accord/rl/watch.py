@@ -73,7 +73,7 @@ class Watch:
             found["kl"] = f"the policy is {stats['kl']:.1f} nats a completion from the reference (kl_warn {s.kl_warn:g}). Its text may fit the reward and nothing else: raise kl_coef, set kl_target, or lower learning_rate."  # fmt: skip
         if stats["entropy"] < s.entropy_warn:
             found["entropy"] = f"the policy's entropy is {stats['entropy']:.3f} nats a token (entropy_warn {s.entropy_warn:g}): it writes nearly the same every time, and so learns little more. Raise entropy_coef or kl_coef, or lower learning_rate."  # fmt: skip
-        if stats["score_std"] == 0:
+        if stats["at_best"] == 1 or stats["score_std"] == 0:
             found["flat"] = "every completion has the same score, so there is nothing to learn from; check the reward."
         elif stats["at_best"] > s.saturation_warn:
             found["saturation"] = f"{stats['at_best']:.0%} of the completions have the step's best score (saturation_warn {s.saturation_warn:g}): the reward tells them apart no more. Stop here, or give a finer reward."  # fmt: skip
