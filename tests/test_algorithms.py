@@ -534,7 +534,7 @@ def test_dqn_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     run, reward = Run.create(tmp_path / "r", {"command": "rl"}), build_reward(None, start, environment="words")
     train(start, world.prompts(), reward, settings, run, environment=world)
     state = State.begin(start, reward, settings)
-    state.restore(run.newest())
+    state.restore(run.saved.newest())
     worst, vocabulary = 0.0, start.tokenizer.inner.get_vocab()
     for text in ["", *"abc"]:
         rows = start.tokenizer.inner("ab" + text, return_tensors="pt")["input_ids"]
@@ -626,7 +626,7 @@ def test_ilql_finds_the_exact_values_of_a_small_mdp(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "r", {"command": "rl"})
     train(start, [], Reward([]), settings, run, logged=logged)
     state = State.begin(start, Reward([]), settings, Log(logged, start, settings).digest)
-    state.restore(run.newest())
+    state.restore(run.saved.newest())
     counts = {a: 1 if a == "" else len(ids) for a in ("", *"abc")}  # how often each first token is logged
     errors, best = [], []
     for text in ["", *"abc"]:
@@ -844,7 +844,7 @@ def test_explained_terms_add_up(tiny, prompts, tmp_path, case):
     settings = RLSettings(**{**SMALL, "algorithm": case, "entropy_coef": 0.05, "kl_coef": 0.1, "epochs": 1, "minibatches": 1})
     run = Run.create(tmp_path / "r", {"command": "rl"})
     train(tiny, prompts, build_reward(letters, tiny), settings, run)
-    rows = [explain(tiny, prompts, build_reward(letters, tiny), settings, run.newest(), row=row) for row in range(8)]
+    rows = [explain(tiny, prompts, build_reward(letters, tiny), settings, run.saved.newest(), row=row) for row in range(8)]
     assert len(run.read("metrics.jsonl")) == 5  # nothing was cut from the logs
     for name, whole in rows[0].step_terms.items():
         assert sum(sum(x.terms[name]) for x in rows) == pytest.approx(whole, rel=1e-3, abs=1e-6), name
@@ -915,7 +915,7 @@ def test_resume_is_exact(tiny_folder, prompts, tmp_path, name):
     settings, results = RLSettings(**{**SMALL, "algorithm": name, **STATE.get(name, {})}), []
     for stops in ([5], [3, 5]):
         folder = tmp_path / f"r{len(stops)}"
-        Run.create(folder, {"command": "rl"})._lock.close()
+        Run.create(folder, {"command": "rl"}).close()
         for limit in stops:
             start = Policy.load(str(tiny_folder), "float32")
             run, _ = Run.open(folder)
@@ -927,7 +927,7 @@ def test_resume_is_exact(tiny_folder, prompts, tmp_path, name):
                 run,
                 logged=log_of(start, prompts, settings),
             )
-            run._lock.close()
+            run.close()
         results.append((outcome.policy.trainable(), (folder / "metrics.jsonl").read_bytes(), (folder / "completions.jsonl").read_bytes()))
     (a, metrics_a, text_a), (b, metrics_b, text_b) = results
     assert all(torch.equal(a[n], b[n]) for n in a)

@@ -243,14 +243,14 @@ def test_resume_is_exact(tiny_folder, prompts, tmp_path, adaptation):
     results = []
     for stops in ([4], [2, 4]):
         folder = tmp_path / f"r{len(stops)}"
-        Run.create(folder, {"command": "rl"})._lock.close()
+        Run.create(folder, {"command": "rl"}).close()
         for limit in stops:
             start = Policy.load(str(tiny_folder), "float32")
             run, _ = Run.open(folder)
             outcome = train(
                 start, prompts, build_reward(letters, start), settings.model_copy(update={"max_steps": limit}), run, prompts[:2]
             )
-            run._lock.close()
+            run.close()
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         results.append((outcome.policy.trainable(), metrics, (folder / "completions.jsonl").read_text()))
     (a, metrics_a, text_a), (b, metrics_b, text_b) = results
