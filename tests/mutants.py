@@ -79,7 +79,7 @@ MUTANTS = [
     ("nn/logprobs", "(q.exp() - P) * g", "(P - q.exp()) * g", "exact KL: sign of the other side's gradient", ALG, "exact_kl"),
     ("nn/logprobs", "probability.cumsum(-1) - probability < top_p", "probability.cumsum(-1) < top_p", "nucleus: the token that reaches the mass left out", ALG, "nucleus"),
     ("nn/layout", "common.long().cumprod(1).sum(1)", "common.long().sum(1)", "tokens shared after rows have parted", "test_layout.py", "beginning"),
-    ("nn/attention", "hidden = (distance < 0) |", "hidden = (distance > 0) |", "attention to what comes after", "test_layout.py", "attention_and"),
+    ("nn/attention", "hidden = distance < 0\n", "hidden = distance > 0\n", "attention to what comes after", "test_layout.py", "attention_and"),
     ("rollout/rollout", "torch.cat((self.response_mask[:, 1:], torch.zeros_like(self.response_mask[:, :1])), dim=1)", "self.response_mask", "state after the token for the state before it", ALG, LOSS + " and reinforce"),
     # Algorithms.
     ("rl/algorithms/base", '"entropy": s.entropy_coef * entropy}', '"entropy": -s.entropy_coef * entropy}', "sign of the entropy bonus", ALG, LOSS + " and a2c"),
@@ -119,17 +119,17 @@ MUTANTS = [
     ("rollout/sampling", "right=True", "right=False", "inverse CDF: the token before the one passed", ROLL, "inverse_cdf"),
     ("rl/experience", "before = torch.cat((torch.zeros_like(after[:, :1]), after[:, :-1]), dim=1)", "before = after", "value after the token for the value before it", ALG, LOSS + " and a2c"),
     # The decisions of the design.
-    ("rl/experience", "reference = score(policy.start, rollout, policy.trunk_layers,", "reference = score(policy.model, rollout, policy.split,", "reference: the policy itself, not the start", PPO, "kl_is_to_the_start"),
+    ("rl/experience", "lambda tokens: score(policy.start, rollout, policy.trunk_layers,", "lambda tokens: score(policy.model, rollout, policy.split,", "reference: the policy itself, not the start", PPO, "kl_is_to_the_start"),
     ("rl/selftest", "if not (mean <= tolerance and largest <= most):", "if False:", "self-test never fails", PPO, "self_test"),
     ("rl/selftest", "    if not good:\n", "    if False:\n", "mask not checked", PPO, "self_test"),
     ("rl/optimize", "if all(bool(torch.isfinite(norm)) for norm in norms.values()):", "if True:", "steps on a gradient that is not finite", PPO, "non_finite"),
     ("rl/optimize", "value, named = loss(rows.select(index), count)", "value, named = loss(rows.select(index), rows.select(index).mask.sum())", "gradient depends on the micro-batch", PPO, "micro_batch"),
     ("rl/experience", "mask = rollout.response_mask & scored.valid[:, None]", "mask = rollout.response_mask", "skipped completions train", PPO, "skipped_samples"),
     ("rollout/policy", "copy.deepcopy(b).float().requires_grad_(True)", "b.float().requires_grad_(True)", "split: the policy trains the reference's own layers", PPO, "leave_the_reference_alone"),
-    ("reward/functions", "elif value is not None and not math.isfinite(value):", "elif False:", "a reward of NaN is taken", "test_contained.py", "found and nan"),
+    ("reward/functions", "else value if value is not None and not math.isfinite(value) else None", "else None", "a reward of NaN is taken", "test_contained.py", "found and nan"),
     ("rollout/sampling", 'raise UserError("top_k and top_p change', 'print("top_k and top_p change', "top-p sampling in training goes unnoticed", ROLL, "unaccounted"),
     ("rollout/pieces", "uniform, temperature, tokens, logprobs", "uniform, 1.0, tokens, logprobs", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
-    ("rl/experience", "raw = mine.logprobs if guide is None else", "raw = mine.logprobs if True else", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),
+    ("rl/experience", "    if guide is not None:\n        raw = budget", "    if False:\n        raw = budget", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),
 ]  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def test_sliding_window_is_not_ignored(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "model.safetensors").write_bytes(b"nonsense"), "damaged"),
         (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accord.errors import UserError, first_line
 from accord.nn.attention import attend_rows, collect, lay_out
 from accord.nn.fused import rms_norm, silu_mul
 from accord.nn.layout import Layout, Places
@@ -69,16 +70,21 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    stand_in = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope),
-    )
-    with torch.device("cpu"):
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stand_in, device=torch.device("cpu"))
-    return frequencies.float(), float(scale)
+    try:
+        stand_in = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope),
+        )
+        with torch.device("cpu"):
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stand_in, device=torch.device("cpu"))
+        return frequencies.float(), float(scale)
+    except Exception as error:  # the initialisers take what they find
+        raise UserError(
+            f"config.json: rotary positions of type {kind!r} cannot be computed ({first_line(error)}); copy or save the model again."
+        ) from None
 
 
 class Linear(nn.Linear):

@@ -188,12 +188,7 @@ def build(raw: dict[str, Any], tensors: dict[str, Tensor], where: str, dtype: to
     model.load_state_dict({name: tensors[name].to(dtype) for name in wanted}, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    try:
-        model.rotary_emb = type(model.rotary_emb)(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # transformers', of scaled positions
-        raise UserError(
-            f"{where}/config.json: its rotary positions cannot be computed ({first_line(error)}); copy or save the model again."
-        ) from None
+    model.rotary_emb = type(model.rotary_emb)(config)
     model.compute_dtype = dtype
     return model.requires_grad_(False).eval()
 
