@@ -61,7 +61,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UserError: they could not be written; the file is as it was.
     """
-    data = "".join(map(as_line, rows)).encode("utf-8", "backslashreplace")  # half a surrogate pair, as JSON escapes it
+    data = "".join(map(as_line, rows)).encode()
 
     def write() -> None:
         with path.open("ab", buffering=0) as handle:
@@ -78,7 +78,8 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def as_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """A row as JSON. Half a surrogate pair, which no encoding has, is escaped as JSON escapes it."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -84,9 +84,6 @@ class Plan:
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
 
-    def _of(self, when: str) -> float:
-        return sum(p.bytes for p in self.parts if p.when == when)
-
     def check(self) -> None:
         """Refuse a run that cannot fit.
 
@@ -95,7 +92,7 @@ class Plan:
         """
         if self.memory <= self.available:
             return
-        phase = max(("sampling", "updating"), key=self._of)
+        phase = max(("sampling", "updating"), key=lambda when: bytes_of(self.parts, when))
         largest = max((p for p in self.parts if p.when in ("always", phase) and p.remedy), key=lambda p: p.bytes)
         raise UserError(
             f"This run needs about {self.memory / GIB:.1f} GiB of memory and {self.available / GIB:.1f} GiB are free, so it is not "
@@ -233,8 +230,11 @@ def rl_memory(config: ModelConfig, dtype: torch.dtype, s: RLSettings, lengths: S
 
 def peak_of(parts: Sequence[Part]) -> float:
     """What is always there, and the larger of what sampling and updating need."""
-    of = lambda when: sum(p.bytes for p in parts if p.when == when)
-    return of("always") + max(of("sampling"), of("updating"))
+    return bytes_of(parts, "always") + max(bytes_of(parts, "sampling"), bytes_of(parts, "updating"))
+
+
+def bytes_of(parts: Sequence[Part], when: str) -> float:
+    return sum(p.bytes for p in parts if p.when == when)
 
 
 def _matrices(config: ModelConfig) -> list[tuple[int, int]]:

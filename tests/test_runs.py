@@ -231,7 +231,9 @@ def test_a_start_that_ended_at_once_is_no_run(tmp_path):
     """Killed before config.yaml was there: the same command starts again."""
     Run.create(tmp_path / "r", config()).close()
     (tmp_path / "r" / "config.yaml").unlink()
-    Run.create(tmp_path / "r", config())
+    run = Run.create(tmp_path / "r", config(steps=7))
+    run.close()
+    assert Run.open(tmp_path / "r")[1] == config(steps=7) and run.read("history.jsonl") == [{"config": config(steps=7)}]
 
 
 # Disks.
@@ -305,6 +307,15 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write to"):
         write_whole(tmp_path / "file" / "x", "text")
+
+
+def test_half_a_surrogate_pair_is_written_either_way(run):
+    """A service's cause may hold one; the log is appended to, and later cut back as a whole."""
+    rows = [{"step": step, "cause": "a\ud800b"} for step in range(2)]
+    run.append("rejects.jsonl", rows)
+    save(run, 1)
+    run.latest()
+    assert run.read("rejects.jsonl") == rows[:1]
 
 
 def test_a_damaged_line_is_named(run):

@@ -125,34 +125,38 @@ def train(
     algorithm's rollouts are of ``logged`` completions, with their own scores; ``reward`` then scores the validation.
     """
     check_start(start, prompts, validation, settings, environment, logged)
+    log, judge = (Log(logged, start, settings), Log.reward()) if logged else (None, reward)
     halvings = 0
     while True:
+        state = State.begin(start, judge, settings, "" if log is None else log.digest, run)
         try:
-            return _train(start, prompts, reward, settings, run, validation, environment, logged, halvings)
-        except _GoBack as back:
-            halvings = back.halvings
-
-
-class _GoBack(Exception):
-    """To the last checkpoint, with learning rates halved so often."""
-
-    def __init__(self, halvings: int) -> None:
-        self.halvings = halvings
+            return _train(state, prompts, reward, judge, run, validation, environment, log, halvings)
+        except Diverged as error:
+            if settings.on_divergence == "stop":
+                raise
+            halvings = state.optimizer.halvings + 1
+            if halvings > ROLLBACKS:
+                raise UserError(f"{error} It went back {ROLLBACKS} times with lower learning rates already.") from None
+        del state  # before there is another
 
 
 def _train(
-    start: Policy,
+    state: State,
     prompts: Sequence[Prompt],
     reward: Reward,
-    settings: RLSettings,
+    judge: Reward,
     run: Recorder,
     validation: Sequence[Prompt],
     environment: Environment | None,
-    logged: Sequence[Logged],
+    log: Log | None,
     halvings: int,
 ) -> Outcome:
-    log, judge = (Log(logged, start, settings), Log.reward()) if logged else (None, reward)
-    state = State.begin(start, judge, settings, "" if log is None else log.digest, run)
+    """From the run's latest checkpoint to the end. ``halvings``: the least that learning rates are halved.
+
+    Raises:
+        Diverged: the numbers are not finite any more; nothing was saved of that.
+    """
+    settings = state.settings
     policy, critic, optimizer, kl, algorithm, watch = state.policy, state.critic, state.optimizer, state.kl, state.algorithm, state.watch
     saved = run.latest()
     first = kept = state.restore(saved)
@@ -187,8 +191,8 @@ def _train(
                 state.rejections.count(step, scored, run)
                 if not bool(scored.valid.any()):
                     raise UserError(f"Step {step}: the reward skipped every completion (None), so there is nothing to learn from.")
-            except Diverged as error:
-                raise state.back(error) from None
+            except Diverged:
+                raise
             except UserError:  # the reward failed, or a stop was asked for: what was learned before this step is kept
                 state.rejections.rejected, state.rejections.asked = counted
                 if step > kept:
@@ -201,10 +205,7 @@ def _train(
             experience = algorithm.advantages(scored, kl.coef)
             stats = measure(experience, kl.coef)
             optimizer.set_step(step)
-            try:
-                stats |= algorithm.update(policy, critic, optimizer, experience, step)
-            except Diverged as error:
-                raise state.back(error) from None
+            stats |= algorithm.update(policy, critic, optimizer, experience, step)
             optimizer.release()
             clock.lap("update")
             kl.update(stats["kl"], len(rollout))
@@ -215,8 +216,8 @@ def _train(
             if held and ((step + 1) % settings.validate_every == 0 or step + 1 == settings.max_steps):
                 try:
                     stats["validation_score"] = state.validate(checker, held, reward, environment)
-                except Diverged as error:
-                    raise state.back(error) from None
+                except Diverged:
+                    raise
                 except UserError as error:  # it is made up for on resume
                     failed = error
                 clock.lap("validate")
@@ -228,7 +229,7 @@ def _train(
             if step % settings.checkpoint_every == 0 or stopped or failed or stop_requested():
                 tensors = state.tensors()
                 if not all(bool(t.isfinite().all()) for t in tensors.values()):
-                    raise state.back(Diverged(f"Step {step - 1}: a weight is not finite any more, so nothing is saved of it."))
+                    raise Diverged(f"Step {step - 1}: a weight is not finite any more, so nothing is saved of it.")
                 run.save(step, tensors, state.about(None if failed else stopped, failed is not None), stats.get("validation_score"))
                 kept = step
             if failed:
@@ -370,14 +371,6 @@ class State:
             Watch(settings, run.warn if run is not None else lambda step, name, text: None),
             budget,
         )
-
-    def back(self, error: Diverged) -> Exception:
-        """What a divergence leads to: a way back, or the end."""
-        if self.settings.on_divergence == "stop":
-            return error
-        if self.optimizer.halvings == ROLLBACKS:
-            return UserError(f"{error} It went back {ROLLBACKS} times with lower learning rates already.")
-        return _GoBack(self.optimizer.halvings + 1)
 
     def validate(self, engine: Engine, held: Sequence[Prompt], reward: Reward, environment: Environment | None) -> float:
         """Mean score of one completion of each validation prompt, with the same luck every time."""
