@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accord.checkpoints import until_done
 from accord.config import RLSettings, SampleSettings, build
 from accord.data.pairs import grouped_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
@@ -103,20 +105,51 @@ def by_prompt(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
 
 
 def train_reward(
-    policy: Policy, pairs: Sequence[PairGroup] | RankedCompletions, *, heldout: float = 0.15, **settings: Any
+    policy: Policy,
+    pairs: Sequence[PairGroup] | RankedCompletions,
+    *,
+    heldout: float = 0.15,
+    out: str | Path | None = None,
+    **settings: Any,
 ) -> tuple[RewardModel, RewardReport]:
     """Train a reward model on the policy's trunk; prompts are split by id into training and held-out ones.
 
     Args:
         pairs: groups (``read_pairs(file)``) or what the feedback stage gave.
         heldout: share of the prompts that is held out to measure on.
+        out: a new folder to save it in. Training is then saved beside it on the way (``OUT.training``), and the same call goes on
+            from there.
         settings: fields of :class:`accord.reward.settings.RewardSettings`.
     """
     s = build(RewardSettings, settings, "reward")
+    if out is not None:
+        refuse_reward(Path(out))
     groups = grouped_pairs(pairs, s.fail_weight) if isinstance(pairs, RankedCompletions) else list(pairs)
     held = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"]
     kept = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) != "heldout"]
-    return train_reward_model(policy, kept, held, s)
+    return train_reward_model(policy, kept, held, s) if out is None else save_reward(Path(out), policy, kept, held, s)
+
+
+def save_reward(
+    out: Path, policy: Policy, train: Sequence[PairGroup], heldout: Sequence[PairGroup], settings: RewardSettings
+) -> tuple[RewardModel, RewardReport]:
+    """Train a reward model, or go on with what ``OUT.training`` holds of it, and save it in ``out``."""
+    with until_done(beside(out)) as checkpoints:
+        model, report = train_reward_model(policy, train, heldout, settings, checkpoints)
+        model.save(out)
+    return model, report
+
+
+def beside(out: Path) -> Path:
+    """Where the checkpoints of a reward model are while it is trained."""
+    return out.with_name(out.name + ".training")
+
+
+def refuse_reward(out: Path) -> None:
+    """A reward model is never saved over another. What a process left that ended after it was whole is dropped."""
+    if out.exists():
+        shutil.rmtree(beside(out), ignore_errors=True)
+        raise UserError(f"{out} already exists; choose another --out or delete it.")
 
 
 def train_rl(

@@ -6,22 +6,30 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accord.disk import file_digest, flush, patiently
+from accord.disk import disk_error, file_digest, flush, lock, patiently
 from accord.errors import UserError
 from accord.progress import console
-from accord.rl.trainer import Saved
 
 FORMAT = 3
 STATE, MANIFEST, SUMS = "state.safetensors", "manifest.json", "SHA256SUMS"
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds: the step to go on with, tensors, and what is no tensor."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
 
 
 class Checkpoints:
@@ -121,6 +129,28 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def until_done(folder: Path) -> Iterator[Checkpoints]:
+    """Checkpoints of work whose result is elsewhere: they are in ``folder`` until the block ends without an error.
+
+    Raises:
+        UserError: another process is at it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    with lock(folder):
+        checkpoints, done = Checkpoints(folder), False
+        checkpoints.clean()
+        try:
+            yield checkpoints
+            done = True
+        finally:
+            if done or not any(folder.glob("step-*")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sums(folder: Path) -> str:

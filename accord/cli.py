@@ -280,13 +280,12 @@ def do_sample(arguments: argparse.Namespace) -> None:
 
 
 def do_reward(arguments: argparse.Namespace) -> None:
-    from accord.api import load, train_reward
+    from accord.api import load, refuse_reward, train_reward
     from accord.data.pairs import group_pairs
     from accord.data.sources import read_completions, read_pairs, read_rankings
 
     values = settings(arguments, RewardSettings)
-    if arguments.out.exists():
-        raise UserError(f"{arguments.out} already exists; choose another --out or delete it.")
+    refuse_reward(arguments.out)
     if bool(arguments.pairs) == bool(arguments.rankings) or bool(arguments.rankings) != bool(arguments.completions):
         raise UserError("Give either --pairs, or --rankings together with --completions.")
     if arguments.pairs:
@@ -295,8 +294,7 @@ def do_reward(arguments: argparse.Namespace) -> None:
         groups = group_pairs(
             read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), values["fail_weight"]
         )
-    model, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, **values)
-    model.save(arguments.out)
+    _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
         soft_wrap=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -131,6 +132,26 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object; it holds a {type(value).__name__}. Save or copy it again.")
     return value
+
+
+def lock(folder: Path) -> IO[str]:
+    """Be the one writer of a folder until what is returned is closed, or the process ends, whatever ends it.
+
+    Raises:
+        UserError: another process is.
+    """
+    try:
+        handle = (folder / ".lock").open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            handle.close()
+            raise
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise UserError(f"{folder} is in use by another accord process; wait for it or choose another name.") from None
+        raise disk_error(folder, error) from None
+    return handle
 
 
 def repair_lines(path: Path) -> None:

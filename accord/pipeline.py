@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from accord.api import announce, prepare_rl, run_rl, sample_to
+from accord.api import announce, prepare_rl, run_rl, sample_to, save_reward
 from accord.api import evaluate as compare_policies
 from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs
@@ -27,7 +27,6 @@ from accord.nn.memory import give_back_freed_memory
 from accord.plan import Plan, plan_for_recipe
 from accord.progress import console, safe_point
 from accord.reward.sources import Reward, build_reward
-from accord.reward.training import train_reward_model
 from accord.rl.explain import Explained, explain
 from accord.rollout.policy import Policy
 from accord.runs import Run, refuse_existing
@@ -164,8 +163,7 @@ class Pipeline:
         rankings = read_rankings(self.run.folder / "rankings.jsonl")
         groups = group_pairs(completions, rankings, self.recipe.reward.fail_weight)
         train, held = ([g for g in groups if split_of(g.prompt.id) == name] for name in ("train", "validation"))
-        model, report = train_reward_model(self.policy, train, held, self.recipe.reward)
-        model.save(self.run.folder / "reward")
+        _, report = save_reward(self.run.folder / "reward", self.policy, train, held, self.recipe.reward)
         least, accuracy = self.recipe.gates.reward_accuracy, report.accuracy
         gate = Gate(
             f"held-out accuracy with a lower bound of at least {least:g}",

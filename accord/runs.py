@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,10 @@ import yaml
 from rich.markup import escape
 from torch import Tensor
 
-from accord.checkpoints import Checkpoints
-from accord.disk import append_lines, disk_error, flush, patiently, read_lines, repair_lines, write_lines, write_whole
+from accord.checkpoints import Checkpoints, Saved
+from accord.disk import append_lines, disk_error, flush, lock, patiently, read_lines, repair_lines, write_lines, write_whole
 from accord.errors import UserError
 from accord.progress import console
-from accord.rl.trainer import Saved
 
 STEPPED = ("metrics.jsonl", "timings.jsonl", "completions.jsonl", "rejects.jsonl", "warnings.jsonl")
 """Logs whose rows are of a training step; they are cut back to the checkpoint that training goes on from."""
@@ -39,13 +36,7 @@ class Run:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.saved, self.allow_changes = folder, Checkpoints(folder / "checkpoints", keep), False
         self._accepted: list[dict[str, Any]] = []  # changes that are written down with the first thing that is made with them
-        try:
-            self._lock = (folder / ".lock").open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel when the process ends
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and hasattr(self, "_lock"):
-                raise UserError(f"{folder} is in use by another accord process; wait for it or choose another name.") from None
-            raise disk_error(folder, error) from None
+        self._lock = lock(folder)
 
     def close(self) -> None:
         """Let another writer in."""

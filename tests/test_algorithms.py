@@ -17,6 +17,7 @@ from accord.data.records import Completion, Logged, Prompt, Turn
 from accord.data.sources import read_logged
 from accord.errors import UserError
 from accord.nn.attention import WRITTEN_OUT
+from accord.nn.budget import TokenBudget
 from accord.nn.logprobs import Contrast, EpsilonGreedy, Nucleus, exact_kl, nucleus_set, token_stats
 from accord.plan import _rollout
 from accord.reward.sources import Reward, build_reward
@@ -433,13 +434,13 @@ def test_trpo_step_keeps_its_limit_and_improves(delta):
     assert isinstance(algorithm, TRPO)
     w.old.load_state_dict(w.model.state_dict())  # the policy that sampled is the policy
     e = algorithm.advantages(w.experience(), 0.1)
-    before, gradient = algorithm.objective(w.policy, e, gradient=True)
+    before, gradient = algorithm.objective(w.policy, e, 60, gradient=True)
     np.testing.assert_allclose(
         gradient.numpy(),
         -np.concatenate([p.ravel() for p in np.split(w.finite_differences(lambda: -surrogate_value(w, e)), [0])])[: len(gradient)],
         rtol=1e-5, atol=1e-8,
     )  # fmt: skip
-    stats = algorithm.policy_step(w.policy, e)
+    stats = algorithm.policy_step(w.policy, e, TokenBudget(60))
     kl = oracle.kl(w.logp(w.old)[w.used], w.logp(w.model)[w.used]).mean()
     assert stats["accepted"] == 1 and 0 < kl <= delta
     assert stats["kl_old_new"] == pytest.approx(kl, rel=1e-5)

@@ -257,3 +257,36 @@ def test_a_run_goes_on_and_says_why(tmp_path):
     done = accord("rl", *options, "--reward", "mine:broken", "--out", "all")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     assert "could not be scored: reward 'mine:broken': it raised KeyError: 'all'" in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker that hangs is left behind")
+def test_a_worker_that_hangs_ends_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, time\n"
+        "def hangs(prompts, completions):\n    pathlib.Path('worker').write_text(str(os.getpid()))\n    time.sleep(600)\n"
+    )
+    (tmp_path / "script.py").write_text(
+        "from types import SimpleNamespace\nfrom accord.reward.functions import FunctionSource\n"
+        "class Rows(SimpleNamespace):\n    __len__ = lambda self: 1\n"
+        "FunctionSource('slow:hangs').score(Rows(prompts=[SimpleNamespace(text='x')], texts=['a']))\n"
+    )
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path)
+    told = tmp_path / "worker"
+    until = time.monotonic() + 60
+    while not (told.exists() and told.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    worker = int(told.read_text())
+    os.kill(worker, 0)  # it is there
+    process.kill()
+    process.wait()
+    while alive(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(worker)
+
+
+def alive(pid):
+    """Whether there is such a process, and not only its exit code that nobody has asked for."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

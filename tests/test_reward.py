@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from accord import progress
 from accord.api import train_reward
+from accord.checkpoints import until_done
 from accord.data.records import Completion, PairGroup, Prompt
-from accord.errors import UserError
+from accord.errors import Interrupted, UserError
+from accord.reward import training
 from accord.reward.model import RewardModel
 from accord.reward.sources import build_reward
 from accord.reward.training import pair_loss
@@ -235,3 +238,108 @@ def test_components_of_one_name_are_told_apart(tiny, rollout):
 def test_too_few_pairs(tiny):
     with pytest.raises(UserError, match="needs pairs to train on"):
         train_reward(tiny, exclaimers(1), **SETTINGS)
+
+
+# Training that is cut.
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def failing(monkeypatch, at, error):
+    """The reward model's optimizer step number ``at`` (from 0) raises."""
+    step, count = training._Fit.step, 0
+
+    def fails(self, *rest):
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            raise error
+        step(self, *rest)
+
+    monkeypatch.setattr(training._Fit, "step", fails)
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 17, 29])  # 33 groups of 48 are trained on: five steps an epoch, thirty in all
+def test_training_goes_on_where_it_was_cut(tiny, tmp_path, monkeypatch, capsys, at):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    _, whole = train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        failing(patch, at, OSError("the power went"))
+        with pytest.raises(OSError, match="the power went"):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.training").exists() == (at > 0)
+    capsys.readouterr()
+    _, report = train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+    assert (f"at step {at}" in capsys.readouterr().out) == (at > 0)
+    assert report == whole and len(whole.losses) == 30
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_stop_keeps_the_training(tiny, tmp_path, monkeypatch):
+    """Whatever the time since the last checkpoint; and what was kept before is not written again."""
+    step, count = training._Fit.step, 0
+
+    def stops(self, *rest):
+        nonlocal count
+        step(self, *rest)
+        count += 1
+        progress._Stop.requested = count == 7
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Fit, "step", stops)
+        try:
+            with pytest.raises(Interrupted, match="the same command again"):
+                train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+        finally:
+            progress._Stop.requested = False
+    assert [p.name for p in (tmp_path / "cut.training").glob("step-*")] == ["step-7"]
+    train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+    train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "whole")
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_another_training_is_not_gone_on_with(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        failing(patch, 9, OSError())
+        with pytest.raises(OSError):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    other = exclaimers(48)
+    other[5] = PairGroup(other[5].prompt, other[5].completions, ((1, 0, 1.0),))
+    with pytest.raises(UserError, match=r"r\.training holds.*the pairs\. Put that back"):
+        train_reward(tiny, other, **SETTINGS, out=tmp_path / "r")
+    with pytest.raises(UserError, match=r"with something else: epochs \(it was 6, it is 2\)"):
+        train_reward(tiny, exclaimers(48), **{**SETTINGS, "epochs": 2}, out=tmp_path / "r")
+    with until_done(tmp_path / "r.training"), pytest.raises(UserError, match="in use by another"):
+        train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 100])
+def test_micro_batches_have_the_gradient_of_the_whole(tiny, monkeypatch, tokens):
+    _, whole = train_reward(tiny, exclaimers(48), **SETTINGS)
+    sizes, batch = [], training._Encoded.batch
+    monkeypatch.setattr(training._Encoded, "batch", lambda self, some: (sizes.append(len(some)), batch(self, some))[1])
+    _, parts = train_reward(tiny, exclaimers(48), **SETTINGS, micro_batch_tokens=tokens)
+    assert sum(sizes) == 33 * 6 and max(sizes) < 7
+    np.testing.assert_allclose(parts.losses[:10], whole.losses[:10], rtol=1e-3)
+
+
+def test_where_memory_runs_out_half_a_gradient_is_forgotten(tiny, monkeypatch, capsys):
+    """The third part of the first step does not fit: what the first two had left is not counted twice."""
+    _, whole = train_reward(tiny, exclaimers(48), **SETTINGS)
+    pair, count = training.pair_loss, 0
+
+    def full(*rest):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return pair(*rest)
+
+    monkeypatch.setattr(training, "pair_loss", full)
+    _, parts = train_reward(tiny, exclaimers(48), **SETTINGS, micro_batch_tokens=128)
+    assert "64 tokens" in capsys.readouterr().out
+    np.testing.assert_allclose(parts.losses[:4], whole.losses[:4], rtol=1e-4)

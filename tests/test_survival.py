@@ -13,8 +13,8 @@ from accord.data.records import Prompt
 from accord.errors import Diverged, Interrupted, UserError
 from accord.nn.budget import TokenBudget, is_out_of_memory
 from accord.reward.sources import build_reward
-from accord.rl import optimize
-from accord.rl.algorithms import base
+from accord.rl import experience, natural, optimize, qvalues
+from accord.rl.algorithms import base, trpo
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import train
 from accord.rollout import decoding, scoring
@@ -139,9 +139,9 @@ def test_a_divergence_before_the_first_checkpoint_starts_over(go, monkeypatch):
     assert [m["step"] for m in run.read("metrics.jsonl")] == [-1, 0, 1, 2, 3]
 
 
-def limited(monkeypatch, tokens):
+def limited(monkeypatch, tokens, *modules):
     """States of more padded tokens than this do not fit."""
-    for module in (base, scoring):
+    for module in (base, scoring, *modules):
         whole = module.states_of
 
         def states(model, rollout, split, whole=whole):
@@ -150,6 +150,14 @@ def limited(monkeypatch, tokens):
             return whole(model, rollout, split)
 
         monkeypatch.setattr(module, "states_of", states)
+    trunk_of = experience.trunk_of
+
+    def trunk(start, rollout, split):
+        if rollout.tokens.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return trunk_of(start, rollout, split)
+
+    monkeypatch.setattr(experience, "trunk_of", trunk)
 
 
 def test_where_memory_runs_out_micro_batches_are_halved_and_the_gradient_stays(go, monkeypatch, capsys):
@@ -164,6 +172,46 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_gradient_stays(g
         torch.testing.assert_close(again[name], weights[name], rtol=0, atol=2e-4)
     ours, theirs = ([m.get("score") for m in r.read("metrics.jsonl")] for r in (run, whole))
     assert ours[:5] == theirs
+
+
+def failing_once(monkeypatch, at):
+    """In the updates the policy's states number ``at`` do not fit, once."""
+    states_of, count = base.states_of, 0
+
+    def states(*rest):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return states_of(*rest)
+
+    monkeypatch.setattr(base, "states_of", states)
+
+
+def test_half_a_gradient_is_forgotten(go, monkeypatch):
+    """The second micro-batch of the first update does not fit: what the first had left is not counted twice."""
+    sizes = dict(micro_batch_tokens=64, max_steps=1, minibatches=1)
+    whole, _ = go("whole", **sizes)
+    failing_once(monkeypatch, 2)
+    small, _ = go("small", **sizes)
+    assert [w["name"] for w in small.read("warnings.jsonl")] == ["memory"]
+    ours, theirs = (run.read("metrics.jsonl")[1] for run in (small, whole))
+    for name in ("grad_norm/policy", "grad_norm/critic", "objective/value_loss"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("algorithm", ["trpo", "ppo-penalty", "dqn"])
+def test_what_an_algorithm_computes_besides_is_halved_too(go, monkeypatch, algorithm):
+    """Where all states of more than 60 padded tokens do not fit, wherever they are asked for; 64 leave one row to a micro-batch."""
+    sizes = dict(algorithm=algorithm, max_steps=2, minibatches=1, entropy_coef=0.0)
+    adaptation = {"adaptation": "lora"} if algorithm == "dqn" else {}  # that leaves no trunk, which is then computed again
+    whole, weights = go("whole", **sizes, **adaptation)
+    limited(monkeypatch, 60, *((trpo, natural) if algorithm == "trpo" else (qvalues,) if algorithm == "dqn" else ()))
+    run, again = go("small", **sizes, **adaptation)
+    assert [w["name"] for w in run.read("warnings.jsonl")] == ["memory"]
+    assert run.read("metrics.jsonl")[1]["score"] == whole.read("metrics.jsonl")[1]["score"]
+    for name in weights:
+        torch.testing.assert_close(again[name], weights[name], rtol=0, atol=2e-3)
 
 
 def test_a_row_that_does_not_fit_is_a_sentence(go, monkeypatch):

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -146,7 +147,9 @@ class FunctionSource(Contained):
         return self._receive(timeout)
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "accord.reward.worker", self.name, str(self._memory or 0)]
+        # On Linux a child's end can be tied to the thread that made it, and only the main thread lasts as long as the process.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        command = [sys.executable, "-m", "accord.reward.worker", self.name, str(self._memory or 0), str(parent)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # it finds what this process finds
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         assert process.stdin is not None and process.stdout is not None

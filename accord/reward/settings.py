@@ -16,5 +16,6 @@ class RewardSettings(BaseModel):
     learning_rate: float = Field(2e-4, gt=0, description="AdamW; warmed up over a tenth of the steps, then falling to a tenth")
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Padded tokens computed at once; changes memory, not results")
     fail_weight: float = Field(1.0, ge=0, description="Weight of pairs of a ranked completion against one marked F")
     seed: int = Field(0, ge=0, description="Order of the prompts and first weights of the head")

@@ -1,12 +1,13 @@
 """The process in which a user's reward function runs, so that a crash or a hang there harms nothing here.
 
-Started as ``python -m accord.reward.worker package.module:function GIGABYTES`` (0: no limit): a fresh interpreter that imports the
-function's module and nothing of the script that asked for it. It speaks over its standard input and output;
-what the function prints goes to standard error.
+Started as ``python -m accord.reward.worker package.module:function GIGABYTES PARENT`` (0 gigabytes: no limit): a fresh interpreter
+that imports the function's module and nothing of the script that asked for it. It speaks over its standard input and
+output; what the function prints goes to standard error. It ends with the process PARENT (0: when it next reads).
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -105,7 +106,16 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{where}"
 
 
+def end_with(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, however that ends: a function that hangs reads no end of questions."""
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended already
+            os._exit(0)
+
+
 def main() -> None:
+    end_with(int(sys.argv[3]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     questions, answers = Connection(os.dup(0), writable=False), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function starts or reads must not touch the two pipes

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from accord.checkpoints import Saved
 from accord.data.records import Prompt
 from accord.errors import UserError
 from accord.reward.sources import Reward
 from accord.rl.advantages import truncated_ratio
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.settings import RLSettings
-from accord.rl.trainer import Saved, State, batch_of, roll
+from accord.rl.trainer import State, batch_of, roll
 from accord.rollout.engine import Engine
 from accord.rollout.environments import Environment
 from accord.rollout.policy import Policy

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from accord.checkpoints import Saved
 from accord.data.records import Logged, Prompt
 from accord.errors import Diverged, UserError
 from accord.nn.budget import TokenBudget
@@ -39,12 +40,6 @@ from accord.rollout.sampling import Sampling
 ROLLBACKS = 3
 """Times a run goes back to a checkpoint with half the learning rates before it stops (``on_divergence``)."""
 OFFLINE = [name for name, spec in ALGORITHMS.items() if spec.offline]
-
-
-class Saved(NamedTuple):
-    step: int
-    tensors: Mapping[str, Tensor]
-    about: Mapping[str, Any]
 
 
 class Recorder(Protocol):

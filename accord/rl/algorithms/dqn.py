@@ -52,7 +52,7 @@ class DQN(QLearning):
         for number in range(s.epochs * s.minibatches):
             rng = np.random.default_rng([s.seed, step, number])
             rows = self.replay.sample(rng, len(e.scores) // s.minibatches, e)
-            add_trunk(policy, rows.rollout, s.micro_batch_tokens)
+            optimizer.budget.fit(lambda tokens, rollout=rows.rollout: add_trunk(policy, rollout, tokens))  # type: ignore[misc]
             history.append(optimizer.step(rows, lambda rows, count: self.td_loss(policy, critic, self.with_targets(policy, rows), count)))
         return means(history)
 

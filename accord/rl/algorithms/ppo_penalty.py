@@ -44,12 +44,13 @@ class PPOPenalty(Algorithm):
         return {**super().penalties(policy, rows, states, scored, count), "kl_old_new": moved}
 
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
-        assert e.old_model is not None
+        old = e.old_model
+        assert old is not None
         if self.moved is not None:
             self.beta = adapted(self.beta, self.moved, self.settings.penalty_target)
         stats = super().update(policy, critic, optimizer, e, step)
-        s = self.settings
-        kl = kl_between(e.old_model, policy.model, e.rollout, policy.split, policy.split, s.temperature, s.micro_batch_tokens)
+        split, temperature = policy.split, self.settings.temperature
+        kl = optimizer.budget.fit(lambda tokens: kl_between(old, policy.model, e.rollout, split, split, temperature, tokens))
         moved = float(masked_mean(kl, e.mask)) if bool(e.mask.any()) else 0.0
         self.moved = moved
         return {**stats, "penalty_beta": self.beta, "kl_old_new": moved}

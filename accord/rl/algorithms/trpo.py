@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from accord.nn.budget import TokenBudget
 from accord.nn.loading import Model
 from accord.reward.model import ScalarModel
 from accord.rl.algorithms.base import Algorithm
@@ -35,21 +36,21 @@ class TRPO(Algorithm):
     def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
         if not bool(e.mask.any()):
             return {}
-        stats = self.policy_step(policy, e)
+        stats = self.policy_step(policy, e, optimizer.budget)
         if stats is None:
             optimizer.refuse()
             return {"accepted": 0.0}
         fitted = {} if critic is None else value_steps(critic, optimizer, e, self.settings, step)
         return {**fitted, **stats}
 
-    def policy_step(self, policy: Policy, e: Experience) -> dict[str, float] | None:
+    def policy_step(self, policy: Policy, e: Experience, budget: TokenBudget) -> dict[str, float] | None:
         """g, then x = F^-1 g, then the line search along sqrt(2 delta / x^T F x) x. None: a gradient is not finite."""
         s, parameters = self.settings, list(policy.trainable().values())
         before = parameters_to_vector(parameters).detach().clone()
-        start, gradient = self.objective(policy, e, gradient=True)
+        start, gradient = budget.fit(lambda tokens: self.objective(policy, e, tokens, gradient=True))
 
         def fisher(v: Tensor) -> Tensor:
-            return fisher_vector_product(policy, e, v, s.temperature, s.micro_batch_tokens) + s.cg_damping * v
+            return budget.fit(lambda tokens: fisher_vector_product(policy, e, v, s.temperature, tokens)) + s.cg_damping * v
 
         if not bool(torch.isfinite(gradient).all()):
             return None
@@ -63,17 +64,18 @@ class TRPO(Algorithm):
         full = (2 * s.trust_region / curvature) ** 0.5 * direction
         for backtrack in range(BACKTRACKS):
             vector_to_parameters(before + 0.5**backtrack * full, parameters)
-            kl, (now, _) = self.moved(policy, e), self.objective(policy, e)
+            kl = budget.fit(lambda tokens: self.moved(policy, e, tokens))
+            now, _ = budget.fit(lambda tokens: self.objective(policy, e, tokens))
             if kl <= s.trust_region and now > start:
                 return stats | {"line_search": float(backtrack), "kl_old_new": kl, "objective/policy": now, "accepted": 1.0}
         vector_to_parameters(before, parameters)
         return stats | {"line_search": float(BACKTRACKS), "accepted": 0.0}
 
-    def objective(self, policy: Policy, e: Experience, gradient: bool = False) -> tuple[float, Tensor]:
+    def objective(self, policy: Policy, e: Experience, token_budget: int, gradient: bool = False) -> tuple[float, Tensor]:
         """E_t[r_t A_t + c2 S] and, if asked for, its gradient as one vector."""
         s, parameters = self.settings, list(policy.trainable().values())
         total, slopes = 0.0, [torch.zeros_like(p) for p in parameters]
-        for index in e.rollout.micro_batches(s.micro_batch_tokens):
+        for index in e.rollout.micro_batches(token_budget):
             rows = e.select(index)
             with torch.set_grad_enabled(gradient):
                 states = states_of(policy.model, rows.rollout, policy.split)
@@ -87,9 +89,8 @@ class TRPO(Algorithm):
                         slope += g
         return total, parameters_to_vector(slopes)
 
-    def moved(self, policy: Policy, e: Experience) -> float:
+    def moved(self, policy: Policy, e: Experience, token_budget: int) -> float:
         """E_t[KL[pi_old, pi]] over the whole vocabulary, nats a token."""
         assert e.old_model is not None
-        s = self.settings
-        kl = kl_between(e.old_model, policy.model, e.rollout, policy.split, policy.split, s.temperature, s.micro_batch_tokens)
+        kl = kl_between(e.old_model, policy.model, e.rollout, policy.split, policy.split, self.settings.temperature, token_budget)
         return float(masked_mean(kl, e.mask))
