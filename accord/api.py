@@ -161,6 +161,7 @@ def train_rl(
     completions: str | Path | Sequence[Logged] | RankedCompletions | None = None,
     out: str | Path | None = None,
     validation: Sequence[Prompt] | None = None,
+    resume: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Train the policy by reinforcement learning from scores; the aligned policy is in the outcome.
@@ -174,9 +175,12 @@ def train_rl(
             ``reward`` and ``validation`` are then only for the validation score.
         out: run folder, new; by default ``runs/rl-DATE-TIME``.
         validation: prompts for the validation score; by default a tenth of ``prompts``, by id.
+        resume: go on with the run in ``out``, if there is one: the same call, repeated until it ends, is the whole run.
         settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
     """
     s = build(RLSettings, settings, "rl")
+    if resume and out is None:
+        raise UserError("resume goes on with the run in a folder; name it: out='runs/mine'.")
     world = make_environment(environment) if isinstance(environment, str) else environment and checked(environment)
     s = for_model(s, policy)
     check_offline(s, completions is not None)
@@ -193,12 +197,22 @@ def train_rl(
     if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
         raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
-    refuse_existing(folder)
+    resume = resume and (folder / "config.yaml").is_file()
+    if not resume:
+        refuse_existing(folder)
     start = policy.frozen()
     check_start(start, given, validation or [], s, world, logged)
     source = judge(reward, start, s, world, logged)
-    run = Run.create(folder, {"command": "rl", "model": policy.source, "rl": s.model_dump()})
-    return run_rl(run, start, given, source, s, validation, world, logged)
+    config = {"command": "rl", "model": policy.source, "rl": s.model_dump()}
+    try:
+        run = Run.go_on(folder, config) if resume else Run.create(folder, config)
+    except UserError:
+        source.close()
+        raise
+    try:
+        return run_rl(run, start, given, source, s, validation, world, logged)
+    finally:
+        run.close()
 
 
 def judge(reward: Any, start: Policy, settings: RLSettings, environment: Environment | None, logged: Sequence[Logged]) -> Reward:
@@ -353,7 +367,9 @@ def prepare_rl(config: dict[str, Any], where: str, planned: bool = False) -> Pre
     needed = ("model", "rl") if world is not None or offline else ("model", "prompts", "reward", "rl")
     missing = next((key for key in needed if not config.get(key)), None)
     if missing:
-        raise UserError(f"{where} has no '{missing}'; only runs that were started with accord rl can be resumed this way.")
+        raise UserError(
+            f"{where} has no '{missing}': the run was started from Python, and goes on there, by the same train_rl(...) with resume=True."
+        )
     settings = build(RLSettings, config["rl"], where)
     check_offline(settings, offline)
     logged = logged_completions(config.get("completions"), config.get("rankings"))

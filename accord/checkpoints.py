@@ -109,9 +109,10 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what a process left half written or half deleted."""
+        """Remove what a process left half written or half deleted, and what it would have dropped next."""
         for left in self.root.glob(".*-*"):
             shutil.rmtree(left, ignore_errors=True)
+        self._drop_old()
 
     def _drop_old(self) -> None:
         found = self.all()

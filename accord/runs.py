@@ -85,6 +85,22 @@ class Run:
             raise
         return run, config
 
+    @classmethod
+    def go_on(cls, folder: str | Path, config: Mapping[str, Any]) -> Run:
+        """An existing run, with settings that its caller gives; ``config.yaml`` has these then.
+
+        Raises:
+            UserError: as :meth:`open`; or they differ from what the run was started with.
+        """
+        run, _ = cls.open(folder)
+        try:
+            run.agree("config", config, "in this call")
+            write_whole(run.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
     def agree(self, kind: str, found: Mapping[str, Any], where: str) -> None:
         """Compare what the run goes on with to what it was started with (``history.jsonl``), and write down each difference.
 

@@ -57,6 +57,23 @@ def byte_tokenizer(chat=True):
     return fast
 
 
+def word_tokenizer():
+    """One token a word, half of them function words: what a model of any weights writes is taken for English by the criterion."""
+    from accord.feedback.criterion import FUNCTION_WORDS, lexicon
+
+    content = sorted(word for word in lexicon() - FUNCTION_WORDS if len(word) > 4)
+    vocabulary = ["something", ".", "?", *sorted(FUNCTION_WORDS)]
+    missing = VOCAB - 4 - len(vocabulary)
+    vocabulary += content[:: len(content) // missing][:missing]
+    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    raw = RawTokenizer(models.WordLevel({w: i for i, w in enumerate([*vocabulary, *specials])}, unk_token="something"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|end|>", unk_token="something")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
 SHAPE = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=128, eos_token_id=256, pad_token_id=256, bos_token_id=None,
@@ -89,9 +106,9 @@ def peer_model(kind, seed=0, **changes):
     return model.eval()
 
 
-def save_model(folder, kind="llama", chat=True, **changes):
+def save_model(folder, kind="llama", chat=True, tokenizer=None, **changes):
     peer_model(kind, **changes).save_pretrained(folder)
-    byte_tokenizer(chat).save_pretrained(folder)
+    (tokenizer or byte_tokenizer(chat)).save_pretrained(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from accord import disk
+from accord.checkpoints import Checkpoints
 from accord.disk import append_lines, file_digest, read_lines, whole_folder, write_whole
 from accord.errors import UserError
 from accord.runs import Run
@@ -30,6 +31,15 @@ def test_the_newest_two_and_the_best_are_kept(run):
     assert [step for step, _, _ in run.saved.all()] == [2, 4, 5]
     saved = run.latest()
     assert saved.step == 5 and saved.tensors["x"].tolist() == [5, 5, 5] and saved.about == {"kl": {"coef": 5}}
+
+
+def test_what_a_killed_process_would_have_dropped_is_dropped(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_drop_old", lambda self: None)
+        for step in (1, 2, 3):
+            save(run, step)
+    assert run.latest().step == 3
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
 
 
 def test_every_flipped_byte_of_a_checkpoint_is_seen_and_the_one_before_is_used(run):

@@ -8,7 +8,9 @@ import torch
 from conftest import save_model
 
 from accord import progress
+from accord.api import train_rl
 from accord.checkpoints import _sums
+from accord.cli import main
 from accord.data.records import Prompt
 from accord.errors import Diverged, Interrupted, UserError
 from accord.nn.budget import TokenBudget, is_out_of_memory
@@ -248,3 +250,42 @@ def test_a_copied_run_goes_on(go, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     (_, weights), (_, again) = go("a"), go("moved")
     assert all(torch.equal(weights[n], again[n]) for n in weights)
+
+
+def test_the_same_call_again_is_the_whole_run(folder, tmp_path, monkeypatch, capsys):
+    """From Python: cut while it samples, then called again with resume, as in a script that is started until it ends."""
+    start, prompts = Policy.load(str(folder), "float32"), [Prompt(f"p{i}", f"say {'abcdefgh'[i]}") for i in range(8)]
+
+    def call(name, **changes):
+        return train_rl(start, prompts, letters, out=tmp_path / name, validation=prompts[:2], resume=True, **{**SMALL, **changes})
+
+    call("whole")
+    with monkeypatch.context() as patch:
+        count, step = 0, decoding.Decoding.step
+
+        def stop(self, longest):
+            nonlocal count
+            count += 1
+            progress._Stop.requested = count == 20
+            return step(self, longest)
+
+        patch.setattr(decoding.Decoding, "step", stop)
+        try:
+            with pytest.raises(Interrupted):
+                call("cut")
+        finally:
+            progress._Stop.requested = False
+    call("cut")
+    ours, theirs = ({p.name: p.read_bytes() for n in ("", "policy") for p in (tmp_path / r / n).iterdir() if p.is_file()} for r in ("cut", "whole"))  # fmt: skip
+    del ours["timings.jsonl"], theirs["timings.jsonl"]
+    assert ours == theirs and "model.safetensors" in ours
+    with pytest.raises(UserError, match=r"in this call: rl.learning_rate \(it was 0.001, it is 0.002\)"):
+        call("cut", learning_rate=2e-3)
+    with pytest.raises(UserError, match=r"something else to read: prompts"):
+        train_rl(start, prompts[::-1], letters, out=tmp_path / "cut", validation=prompts[:2], resume=True, **SMALL)
+    call("cut", max_steps=5)
+    capsys.readouterr()
+    assert call("cut", max_steps=5).steps == 5 and "changed settings" not in capsys.readouterr().out
+    assert main(["resume", str(tmp_path / "cut")]) == 2 and "resume=True" in capsys.readouterr().err
+    with pytest.raises(UserError, match="name it: out="):
+        train_rl(start, prompts, letters, resume=True, **SMALL)

@@ -34,7 +34,9 @@ import ctypes, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import accord.api, accord.cli, accord.pipeline, accord.evaluation.report, transformers
+import accord.api, accord.cli, accord.feedback.criterion, accord.pipeline, accord.evaluation.report, accord.reward.training, transformers
+accord.feedback.criterion.judge([]), accord.feedback.criterion.lexicon()  # read once
+accord.reward.training.SAVE_EVERY = 0.0  # a checkpoint a step: there is more to disturb
 shim = ctypes.CDLL(None)
 shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
 shim.fault_count.restype = ctypes.c_long
@@ -67,9 +69,19 @@ SMALL = [
     "--top-layers", "2", "--prompts-per-step", "4", "--completions-per-prompt", "2", "--max-new-tokens", "6", "--max-steps", "4",
     "--dtype", "float32", "--validate-every", "2", "--validation-prompts", "4", "--checkpoint-every", "1", "--kl-target", "2",
 ]  # fmt: skip
+RECIPE = """
+model: writer
+prompts: prompts.jsonl
+sample: {per_prompt: 2, max_new_tokens: 16}
+reward: {top_layers: 1, epochs: 2, micro_batch_tokens: 256}
+rl: {top_layers: 1, prompts_per_step: 8, completions_per_prompt: 1, max_new_tokens: 16, epochs: 1, minibatches: 1, max_steps: 3, validate_every: 2, checkpoint_every: 1, learning_rate: 3.0e-3}
+evaluation: {per_prompt: 1, max_new_tokens: 16}
+gates: {min_pairs: 1, reward_accuracy: 0.0, win_rate: 0.0}
+"""
 COMMANDS = {
     "rl": (["rl", "--model", "model", "--prompts", "prompts.jsonl", "--reward", "reward", *SMALL], True),
     "reward": (["reward", "--model", "model", "--pairs", "pairs.jsonl", "--top-layers", "2", "--epochs", "1"], False),
+    "run": (["run", "recipe.yaml"], True),
     "sample": (["sample", "--model", "model", "--prompts", "prompts.jsonl", "--per-prompt", "2", "--max-new-tokens", "6"], False),
 }
 """name -> (the command, whether it is resumed by name or by giving it again)."""
@@ -109,16 +121,18 @@ class Server:
 
 
 def make_home(home: Path) -> None:
-    """A user's folder: a small model, a reward model on it, prompts, pairs."""
+    """A user's folder: a small model, one whose words make pairs, a reward model, prompts, pairs, a recipe."""
     import torch
 
     sys.path.insert(0, str(HERE.parent))
-    from conftest import save_model
+    from conftest import save_model, word_tokenizer
 
     from accord.reward.model import RewardModel
     from accord.rollout.policy import Policy
 
     save_model(home / "model")
+    save_model(home / "writer", tokenizer=word_tokenizer())
+    (home / "recipe.yaml").write_text(RECIPE)
     words = "one two three four five six seven eight nine ten red blue green white black brown grey pink gold sun moon star sea".split()
     themes = ("helpfulness", "harmlessness")
     rows = [{"id": f"p{i}", "prompt": f"say {w} and {v}", "theme": themes[i % 2]} for i, (w, v) in enumerate(zip(words, words[3:] + words[:3], strict=True))]  # fmt: skip
@@ -140,12 +154,17 @@ def put(name: str, program: str, lines: list[str]) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Digest of every file; of timings, the steps they are of."""
+    """Digest of every file but for times: of timings the steps they are of, and the report is drawn from the other files."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
         data = path.read_bytes()
         if path.name == "timings.jsonl":
             data = json.dumps([json.loads(line)["step"] for line in data.decode().splitlines()]).encode()
+        if path.name == "stages.jsonl":
+            rows = [json.loads(line) for line in data.decode().splitlines()]
+            data = json.dumps([{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_gb")} for row in rows]).encode()
+        if path.name == "report.html":
+            data = b"whole" if data.rstrip().endswith(b"</html>") else b"cut"
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -216,6 +235,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="disturbed runs of accord rl, killed [200]")
     parser.add_argument("--errors", type=int, default=100, help="with a failing disk [100]")
     parser.add_argument("--others", type=float, default=0.2, help="for the other commands, this share of both [0.2]")
+    parser.add_argument("--only", choices=COMMANDS, help="only this command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work there and keep what failed")
     parser.add_argument("--write", action="store_true", help="write the table in docs/reliability.md")
@@ -224,7 +244,7 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     make_home(home)
     server, lines, failed = Server(home), [], 0
-    for name in COMMANDS:
+    for name in [arguments.only] if arguments.only else COMMANDS:
         share = 1.0 if name == "rl" else arguments.others
         campaign = Campaign(name, server, random.Random(f"{arguments.seed} {name}"))
         for kind, count in (("kill", round(arguments.kills * share)), ("error", round(arguments.errors * share))):
