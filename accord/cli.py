@@ -128,7 +128,9 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     reward.add_argument("--completions", help="completions that --rankings speak of (from accord sample)")
     reward.add_argument("--rankings", help="raw rankings: prompt_id, labeler, ranks")
     reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
-    reward.add_argument("--out", type=Path, required=True, help="folder to save the reward model in")
+    reward.add_argument(
+        "--out", type=Path, required=True, help="folder to save the reward model in; the same command goes on with a training that was cut"
+    )
 
     rl = command(
         "rl",
