@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,19 +123,32 @@ def train_reward(
     """
     s = build(RewardSettings, settings, "reward")
     if out is not None:
-        refuse_reward(Path(out))
+        out = refuse_reward(Path(out))
     groups = grouped_pairs(pairs, s.fail_weight) if isinstance(pairs, RankedCompletions) else list(pairs)
     held = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"]
     kept = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) != "heldout"]
-    return train_reward_model(policy, kept, held, s) if out is None else save_reward(Path(out), policy, kept, held, s)
+    return train_reward_model(policy, kept, held, s) if out is None else save_reward(out, policy, kept, held, s)
 
 
 def save_reward(
-    out: Path, policy: Policy, train: Sequence[PairGroup], heldout: Sequence[PairGroup], settings: RewardSettings
+    out: Path,
+    policy: Policy,
+    train: Sequence[PairGroup],
+    heldout: Sequence[PairGroup],
+    settings: RewardSettings,
+    again: bool = False,
+    allow_changes: bool = False,
 ) -> tuple[RewardModel, RewardReport]:
-    """Train a reward model, or go on with what ``OUT.training`` holds of it, and save it in ``out``."""
+    """Train a reward model, or go on with what ``OUT.training`` holds of it, and save it in ``out``.
+
+    Args:
+        again: ``out`` may be there, of an attempt that ended before this was known to be done.
+        allow_changes: start over where what is held was begun with something else.
+    """
     with until_done(beside(out)) as checkpoints:
-        model, report = train_reward_model(policy, train, heldout, settings, checkpoints)
+        if out.exists() and not again:  # another process has been faster
+            raise UserError(f"{out} already exists; choose another --out or delete it.")
+        model, report = train_reward_model(policy, train, heldout, settings, checkpoints, allow_changes)
         model.save(out)
     return model, report
 
@@ -145,11 +158,19 @@ def beside(out: Path) -> Path:
     return out.with_name(out.name + ".training")
 
 
-def refuse_reward(out: Path) -> None:
-    """A reward model is never saved over another. What a process left that ended after it was whole is dropped."""
+def refuse_reward(out: Path) -> Path:
+    """The absolute path of a new reward model. What a process left that ended after it had saved it is dropped.
+
+    Raises:
+        UserError: there is something already; a reward model is never saved over another.
+    """
+    out = out.expanduser().resolve()
     if out.exists():
-        shutil.rmtree(beside(out), ignore_errors=True)
+        if out.name and beside(out).is_dir():
+            with suppress(UserError), until_done(beside(out)):  # not while another process is at it, nor what is not ours
+                pass
         raise UserError(f"{out} already exists; choose another --out or delete it.")
+    return out
 
 
 def train_rl(
@@ -162,6 +183,7 @@ def train_rl(
     out: str | Path | None = None,
     validation: Sequence[Prompt] | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Train the policy by reinforcement learning from scores; the aligned policy is in the outcome.
@@ -176,6 +198,7 @@ def train_rl(
         out: run folder, new; by default ``runs/rl-DATE-TIME``.
         validation: prompts for the validation score; by default a tenth of ``prompts``, by id.
         resume: go on with the run in ``out``, if there is one: the same call, repeated until it ends, is the whole run.
+        allow_changes: go on although settings, prompts or reward are not those the run was started with; its history says so.
         settings: fields of :class:`accord.rl.settings.RLSettings`, such as ``kl_target=6.0``.
     """
     s = build(RLSettings, settings, "rl")
@@ -205,7 +228,7 @@ def train_rl(
     source = judge(reward, start, s, world, logged)
     config = {"command": "rl", "model": policy.source, "rl": s.model_dump()}
     try:
-        run = Run.go_on(folder, config) if resume else Run.create(folder, config)
+        run = Run.go_on(folder, config, allow_changes) if resume else Run.create(folder, config)
     except UserError:
         source.close()
         raise
@@ -269,7 +292,7 @@ def run_rl(
 ) -> Outcome:
     """Train within an open run, save the aligned policy to its ``policy/``, and close the reward."""
     try:
-        run.agree("inputs", digests(policy, prompts, reward, validation), "to read")
+        run.agree("inputs", digests(policy, prompts, reward, validation, environment), "to read")
         outcome = train(policy, prompts, reward, settings, run, validation, environment, logged)
     finally:
         reward.close()
@@ -277,16 +300,21 @@ def run_rl(
     return outcome
 
 
-def digests(policy: Policy, prompts: Sequence[Prompt], reward: Reward, validation: Sequence[Prompt]) -> dict[str, str]:
-    """What a run learns from, by digest: its model, its prompts, its reward models. Functions may be mended on the way."""
+def digests(
+    policy: Policy, prompts: Sequence[Prompt], reward: Reward, validation: Sequence[Prompt], environment: Environment | None
+) -> dict[str, str]:
+    """What a run learns from: its model, prompts and reward models by digest, its rewards and environment by name. Functions may
+    be mended on the way."""
 
     def of(some: Sequence[Prompt]) -> str:
         return hashlib.sha256(json.dumps([[p.id, p.content] for p in some]).encode()).hexdigest()[:16]
 
     found = {"model": sampled_fingerprint(policy.model), "prompts": of(prompts), "validation": of(validation)}
-    for number, (_, source) in enumerate(reward.sources, 1):
-        if isinstance(source, RewardModelSource):
-            found[f"reward {number}"] = sampled_fingerprint(source.model.scalar)
+    for number, (weight, source) in enumerate(reward.sources, 1):
+        what = sampled_fingerprint(source.model.scalar) if isinstance(source, RewardModelSource) else source.name
+        found[f"reward {number}"] = f"{weight:g}*{what}"
+    if environment is not None:
+        found["environment"] = environment.name
     return found
 
 

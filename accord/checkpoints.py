@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class Checkpoints:
                 for path in (aside / STATE, aside / MANIFEST, aside / SUMS, aside):
                     flush(path)
                 if final.exists():
-                    self._drop(final)
+                    drop_folder(final)
                 os.replace(aside, final)
                 flush(self.root)
             except (OSError, SafetensorError):
@@ -114,6 +115,11 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
         self._drop_old()
 
+    def forget(self) -> None:
+        """Drop every checkpoint."""
+        for path in self.root.glob("step-*"):
+            patiently(self.root, lambda path=path: drop_folder(path))  # type: ignore[misc]
+
     def _drop_old(self) -> None:
         found = self.all()
         keep = {path for _, path, _ in found[-self.keep :]}
@@ -122,14 +128,7 @@ class Checkpoints:
             keep.add(max(scored, key=lambda c: c[2]["score"])[1])
         for _, path, _ in found:
             if path not in keep:
-                patiently(self.root, lambda path=path: self._drop(path))  # type: ignore[misc]
-
-    def _drop(self, path: Path) -> None:
-        """Out of sight at once, then deleted: one that is half deleted is never taken for a damaged one."""
-        aside = path.with_name(f".dropping-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+                patiently(self.root, lambda path=path: drop_folder(path))  # type: ignore[misc]
 
 
 @contextmanager
@@ -137,21 +136,39 @@ def until_done(folder: Path) -> Iterator[Checkpoints]:
     """Checkpoints of work whose result is elsewhere: they are in ``folder`` until the block ends without an error.
 
     Raises:
-        UserError: another process is at it, or the folder cannot be made.
+        UserError: another process is at it, the folder cannot be made or deleted, or it holds something else.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(folder, error) from None
     with lock(folder):
-        checkpoints, done = Checkpoints(folder), False
+        foreign = sorted(p.name for p in folder.iterdir() if not re.fullmatch(r"\.lock|step-\d+|\.(writing|dropping)-.*", p.name))
+        if foreign:
+            raise UserError(f"{folder} is where checkpoints would be kept, and it holds something else ({foreign[0]}); move that folder.")
+        drop_folder(folder, only_left=True)
+        checkpoints = Checkpoints(folder)
         checkpoints.clean()
         try:
             yield checkpoints
-            done = True
-        finally:
-            if done or not any(folder.glob("step-*")):
+        except BaseException:
+            if not any(folder.glob("step-*")):
                 shutil.rmtree(folder, ignore_errors=True)
+            raise
+        patiently(folder.parent, lambda: drop_folder(folder))
+
+
+def drop_folder(path: Path, only_left: bool = False) -> None:
+    """Out of sight at once, then deleted: one that is half deleted is never taken for a damaged one.
+
+    Args:
+        only_left: delete only what a process left that ended in the middle of this.
+    """
+    aside = path.with_name(f".dropping-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if not only_left:
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
 
 def _sums(folder: Path) -> str:

@@ -163,7 +163,7 @@ class Pipeline:
         rankings = read_rankings(self.run.folder / "rankings.jsonl")
         groups = group_pairs(completions, rankings, self.recipe.reward.fail_weight)
         train, held = ([g for g in groups if split_of(g.prompt.id) == name] for name in ("train", "validation"))
-        _, report = save_reward(self.run.folder / "reward", self.policy, train, held, self.recipe.reward)
+        _, report = save_reward(self.run.folder / "reward", self.policy, train, held, self.recipe.reward, True, self.run.allow_changes)
         least, accuracy = self.recipe.gates.reward_accuracy, report.accuracy
         gate = Gate(
             f"held-out accuracy with a lower bound of at least {least:g}",

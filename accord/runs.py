@@ -74,28 +74,27 @@ class Run:
             raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict) or "command" not in config:
             raise UserError(f"{path} is damaged: it names no command.")
+        return cls._opened(folder, config, allow_changes, "in config.yaml"), config
+
+    @classmethod
+    def go_on(cls, folder: str | Path, config: Mapping[str, Any], allow_changes: bool = False) -> Run:
+        """An existing run, with settings that its caller gives; ``config.yaml`` has these then.
+
+        Raises:
+            UserError: it is in use, or they differ from what the run was started with.
+        """
+        run = cls._opened(Path(folder), config, allow_changes, "in this call")
+        write_whole(run.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        return run
+
+    @classmethod
+    def _opened(cls, folder: Path, config: Mapping[str, Any], allow_changes: bool, where: str) -> Run:
         run = cls(folder)
         try:
             for name in LOGS:
                 repair_lines(folder / name)
             run.allow_changes = allow_changes
-            run.agree("config", config, "in config.yaml")
-        except BaseException:
-            run.close()
-            raise
-        return run, config
-
-    @classmethod
-    def go_on(cls, folder: str | Path, config: Mapping[str, Any]) -> Run:
-        """An existing run, with settings that its caller gives; ``config.yaml`` has these then.
-
-        Raises:
-            UserError: as :meth:`open`; or they differ from what the run was started with.
-        """
-        run, _ = cls.open(folder)
-        try:
-            run.agree("config", config, "in this call")
-            write_whole(run.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            run.agree("config", config, where)
         except BaseException:
             run.close()
             raise
@@ -131,7 +130,7 @@ class Run:
             those = ", ".join(f"{n} (it was {_short(before.get(n))}, it is {_short(now.get(n))})" for n in fixed)
             raise UserError(
                 f"{self.folder} was started with something else {where}: {those}. What it has learned so far is not what these say. "
-                f"Put them back, start a new run, or accept it: accord resume {self.folder} --allow-changes"
+                f"Put them back, start a new run, or accept it: accord resume {self.folder} --allow-changes (from Python: allow_changes=True)"
             )
         console.print(f"Going on with changed settings: {told}", soft_wrap=True, markup=False)
         newest = self.saved.all()

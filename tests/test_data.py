@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from accord.data.pairs import group_pairs, pairs_of, scored_by_rank
-from accord.data.records import Completion, Prompt, Ranking, split_of
+from accord.data.records import Completion, Pair, Prompt, Ranking, split_of
 from accord.data.sources import read_completions, read_pairs, read_prompts, read_rankings
 from accord.data.statistics import bootstrap_mean, bootstrap_ratio
 from accord.disk import write_lines
@@ -82,7 +82,7 @@ def test_pairs_of_one_prompt_are_grouped(tmp_path):
         {"prompt": "r", "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"},
     )
     first, second = read_pairs(path)
-    assert [c.text for c in first.completions] == ["a", "b", "c"] and first.pairs == ((0, 1, 1.0), (0, 2, 1.0))
+    assert [c.text for c in first.completions] == ["a", "b", "c"] and first.pairs == (Pair(0, 1), Pair(0, 2))
     assert [c.text for c in second.completions] == ["x", "y"]
 
 
@@ -103,8 +103,13 @@ def test_bad_pairs(tmp_path, row, message):
 
 def test_conversion_table():
     """Ranks 1, 2, 2, F, F: better beats worse, ties give nothing, ranked beats F, F and F give nothing."""
-    got = pairs_of(Ranking("p", "l", (2, 1, 2, None, None)), fail_weight=0.5)
-    assert sorted(got) == sorted([(1, 0, 1.0), (1, 2, 1.0), (0, 3, 0.5), (0, 4, 0.5), (1, 3, 0.5), (1, 4, 0.5), (2, 3, 0.5), (2, 4, 0.5)])
+    pairs, ties = pairs_of(Ranking("p", "l", (4, 1, 4, None, None)), fail_weight=0.5)
+    assert sorted(p[:3] for p in pairs) == sorted(
+        [(1, 0, 1.0), (1, 2, 1.0), (0, 3, 0.5), (0, 4, 0.5), (1, 3, 0.5), (1, 4, 0.5), (2, 3, 0.5), (2, 4, 0.5)]
+    )
+    assert ties == [Pair(0, 2)]  # equal ranks; two F are nothing
+    # Ranks 1, 4, 4, F, F stand as 1, 2, 2, 3, 3: what counts is how many are between.
+    assert {p[:2]: p.distance for p in pairs} == {(1, 0): 1, (1, 2): 1, (0, 3): 1, (0, 4): 1, (2, 3): 1, (2, 4): 1, (1, 3): 2, (1, 4): 2}
 
 
 def completions(texts):
@@ -115,8 +120,21 @@ def completions(texts):
 def test_labelers_add_up_and_contradict():
     rankings = [Ranking("p", "a", (1, 2)), Ranking("p", "b", (1, 2)), Ranking("p", "c", (2, 1))]
     (group,) = group_pairs(completions(["x", "y"]), rankings)
-    assert dict(((i, j), w) for i, j, w in group.pairs) == {(0, 1): 2.0, (1, 0): 1.0}
+    assert {p[:2]: p.weight for p in group.pairs} == {(0, 1): 2.0, (1, 0): 1.0}
     assert group_pairs(completions(["x", "x"]), rankings) == []  # equal texts are no pair
+
+
+def test_labelers_count_for_what_they_are_worth():
+    """Distances are means by weight: of 1 and 2 with weights 1 and 0.5, 4/3."""
+    given = completions(["x", "y", "z"])
+    rankings = [Ranking("p", "a", (1, 2, 2)), Ranking("p", "b", (1, 3, 2)), Ranking("p", "c", (1, 1, 1))]
+    (group,) = group_pairs(given, rankings, labeler_weights={"b": 0.5, "c": 0.0})
+    assert {p[:2]: p[2:] for p in group.pairs} == {(0, 1): (1.5, pytest.approx(4 / 3)), (0, 2): (1.5, 1.0), (2, 1): (0.5, 1.0)}
+    assert group.ties == (Pair(1, 2),)
+    (tied,) = group_pairs(given, [Ranking("p", "a", (1, 1, None))], fail_weight=0.0)
+    assert tied.pairs == () and tied.ties == (Pair(0, 1),)
+    with pytest.raises(UserError, match=r"weight for 'bb', who ranked nothing\. Did you mean 'b'"):
+        group_pairs(given, rankings, labeler_weights={"bb": 0.5})
 
 
 def test_rankings_must_fit_their_completions():

@@ -1,6 +1,8 @@
 """Reward models: the loss by hand, learning, calibration, and the outside world kept out."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,22 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from accord import progress
-from accord.api import train_reward
+from accord import checkpoints, progress
+from accord.api import save_reward, train_reward
 from accord.checkpoints import until_done
-from accord.data.records import Completion, PairGroup, Prompt
+from accord.data.records import Completion, Pair, PairGroup, Prompt, split_of
 from accord.errors import Interrupted, UserError
 from accord.reward import training
+from accord.reward.comparison import Comparison, length_slope
 from accord.reward.model import RewardModel
+from accord.reward.settings import RewardSettings
 from accord.reward.sources import build_reward
-from accord.reward.training import pair_loss
+from accord.reward.training import train_reward_model
 from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
 
 
-def group(name, texts, pairs):
+def group(name, texts, pairs, ties=()):
     prompt = Prompt(name, "which?")
-    return PairGroup(prompt, tuple(Completion(prompt, t, True, i) for i, t in enumerate(texts)), tuple(pairs))
+    completions = tuple(Completion(prompt, t, True, i) for i, t in enumerate(texts))
+    return PairGroup(prompt, completions, tuple(Pair(*p) for p in pairs), tuple(Pair(*p) for p in ties))
 
 
 def test_pair_loss_by_hand():
@@ -33,7 +39,7 @@ def test_pair_loss_by_hand():
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 1.0], dtype=torch.float64)
     loss = lambda d: np.log1p(np.exp(-d))
     expected = ((1 * loss(1.0) + 3 * loss(1.5)) / 4 + loss(1.0)) / 2
-    assert float(pair_loss(scores, groups, [0, 3])) == pytest.approx(expected)
+    assert float(Comparison(RewardSettings()).loss(scores, groups, [0, 3])) == pytest.approx(expected)
 
 
 def exclaimers(n, seed=0):
@@ -301,18 +307,26 @@ def test_a_stop_keeps_the_training(tiny, tmp_path, monkeypatch):
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
-def test_another_training_is_not_gone_on_with(tiny, tmp_path, monkeypatch):
+def test_another_training_is_not_gone_on_with(tiny, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     with monkeypatch.context() as patch:
         failing(patch, 9, OSError())
         with pytest.raises(OSError):
             train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
     other = exclaimers(48)
-    other[5] = PairGroup(other[5].prompt, other[5].completions, ((1, 0, 1.0),))
-    with pytest.raises(UserError, match=r"r\.training holds.*the pairs\. Put that back"):
+    at = next(i for i, g in enumerate(other) if split_of(g.prompt.id, 0.0, SETTINGS["heldout"]) == "train")
+    other[at] = PairGroup(other[at].prompt, other[at].completions, (Pair(1, 0),))
+    with pytest.raises(UserError, match=r"r\.training holds.*the training pairs\. Put that back"):
         train_reward(tiny, other, **SETTINGS, out=tmp_path / "r")
     with pytest.raises(UserError, match=r"with something else: epochs \(it was 6, it is 2\)"):
         train_reward(tiny, exclaimers(48), **{**SETTINGS, "epochs": 2}, out=tmp_path / "r")
+    with pytest.raises(UserError, match=r"something else: the training pairs, the held-out pairs\."):
+        train_reward(tiny, exclaimers(48), **{**SETTINGS, "heldout": 0.3}, out=tmp_path / "r")
+    moved = Policy.load(str(tiny_folder), "float32")
+    next(moved.model.parameters()).data[0] += 1
+    for policy in (moved, Policy.load(str(tiny_folder), "bfloat16")):
+        with pytest.raises(UserError, match=r"something else: the model\. Put"):
+            train_reward(policy, exclaimers(48), **SETTINGS, out=tmp_path / "r")
     with until_done(tmp_path / "r.training"), pytest.raises(UserError, match="in use by another"):
         train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
 
@@ -330,16 +344,201 @@ def test_micro_batches_have_the_gradient_of_the_whole(tiny, monkeypatch, tokens)
 def test_where_memory_runs_out_half_a_gradient_is_forgotten(tiny, monkeypatch, capsys):
     """The third part of the first step does not fit: what the first two had left is not counted twice."""
     _, whole = train_reward(tiny, exclaimers(48), **SETTINGS)
-    pair, count = training.pair_loss, 0
+    loss, count = Comparison.loss, 0
 
     def full(*rest):
         nonlocal count
         count += 1
         if count == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return pair(*rest)
+        return loss(*rest)
 
-    monkeypatch.setattr(training, "pair_loss", full)
+    monkeypatch.setattr(Comparison, "loss", full)
     _, parts = train_reward(tiny, exclaimers(48), **SETTINGS, micro_batch_tokens=128)
     assert "64 tokens" in capsys.readouterr().out
     np.testing.assert_allclose(parts.losses[:4], whole.losses[:4], rtol=1e-4)
+
+
+def test_memory_that_runs_out_under_the_trunk_halves_too(tiny, tmp_path, monkeypatch):
+    """Also after a resume, where the memory would suffice: the micro-batches stay as they were, and so do the numbers."""
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    trunk_of = training.trunk_of
+
+    def trunk(start, part, cut):
+        if part.tokens.numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return trunk_of(start, part, cut)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "trunk_of", trunk)
+        _, whole = train_reward(tiny, exclaimers(48), **SETTINGS)
+        failing(patch, 9, OSError())
+        with pytest.raises(OSError):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    _, report = train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    assert report.losses == whole.losses
+
+
+def test_started_over_where_changes_are_allowed(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    groups = exclaimers(48)
+    other = RewardSettings(top_layers=2, epochs=2, learning_rate=3e-3)
+    with monkeypatch.context() as patch:
+        failing(patch, 9, OSError())
+        with pytest.raises(OSError):
+            save_reward(tmp_path / "r", tiny, groups[12:], groups[:12], RewardSettings(top_layers=2, epochs=6))
+    with monkeypatch.context() as patch:
+        failing(patch, 4, OSError())
+        with pytest.raises(OSError):
+            save_reward(tmp_path / "r", tiny, groups[12:], groups[:12], other, allow_changes=True)
+    assert "from its start" in capsys.readouterr().out
+    _, report = save_reward(tmp_path / "r", tiny, groups[12:], groups[:12], other)  # of the new one there is a checkpoint already
+    assert "at step 4" in capsys.readouterr().out
+    assert report.losses == train_reward_model(tiny, groups[12:], groups[:12], other)[1].losses
+
+
+def test_a_folder_of_ones_own_is_not_taken_for_checkpoints(tiny, tmp_path, monkeypatch):
+    mine = tmp_path / "r.training" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("notes")
+    with pytest.raises(UserError, match=r"r\.training is where checkpoints would be kept, and it holds something else \(mine.txt\)"):
+        train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    (tmp_path / "r").mkdir()
+    with pytest.raises(UserError, match="already exists"):
+        train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    assert mine.read_text() == "notes"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (".", "/", "~/r", "r/../r"):
+        with pytest.raises(UserError, match="already exists"):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=name)
+
+
+def test_checkpoints_that_are_half_deleted_are_no_obstacle(tiny, tmp_path, monkeypatch):
+    """Killed while they are deleted, after the model was saved; and a disk that fails just then is told."""
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "drop_folder", dropping(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(UserError, match=r"Cannot write to .*Input/output error"):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    (tmp_path / "r").rename(tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "drop_folder", dropping(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".dropping-r.training", "other", "r"]
+    (tmp_path / "r").rename(tmp_path / "third")
+    train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "r", "third"]
+    assert files_of(tmp_path / "r") == files_of(tmp_path / "other") == files_of(tmp_path / "third")
+
+
+def dropping(error):
+    """``drop_folder`` as it is but for the last deletion of all, which fails when the folder is out of sight."""
+    drop = checkpoints.drop_folder
+
+    def fails(path, only_left=False):
+        if path.name == "r.training" and not only_left:
+            os.replace(path, path.with_name(f".dropping-{path.name}"))
+            raise error
+        drop(path, only_left)
+
+    return fails
+
+
+# Ties, margins, length.
+
+
+def loss_by_hand(kind, d, parameter):
+    """(-log P(preferred), -log P(tie)) from the papers' own forms, with the strengths e^s."""
+    one, two = np.exp(d), 1.0
+    if kind == "davidson":
+        total = one + two + parameter * np.sqrt(one * two)
+        return -np.log(one / total), -np.log(parameter * np.sqrt(one * two) / total)
+    theta = np.exp(parameter)
+    return -np.log(one / (one + theta * two)), -np.log((theta**2 - 1) * one * two / ((one + theta * two) * (theta * one + two)))
+
+
+@pytest.mark.parametrize("kind", ["davidson", "rao-kupper"])
+@pytest.mark.parametrize("d", [-3.0, -0.4, 0.0, 1.7])
+def test_tie_aware_losses_by_hand(kind, d):
+    model = Comparison(RewardSettings(ties=kind), tied=0.3).double()
+    won, tied = loss_by_hand(kind, d, float(model.threshold))
+    x = torch.tensor(d, dtype=torch.float64)
+    assert float(model.preferred(x)) == pytest.approx(won, rel=1e-6) and float(model.tied(x)) == pytest.approx(tied, rel=1e-6)
+    lost = float(model.preferred(-x))
+    assert np.exp(-np.array([won, tied, lost])).sum() == pytest.approx(1.0, rel=1e-6)
+    if d == 0:
+        assert np.exp(-tied) == pytest.approx(0.3, rel=1e-5)  # where learning starts, equal scores tie as often as people did
+
+
+def test_ties_stand_in_the_loss_with_their_weights():
+    scores = torch.tensor([1.0, 0.2, 0.5])
+    g = group("a", "xyz", [(0, 1, 2.0)], [(0, 2, 0.5)])
+    for kind in ("davidson", "rao-kupper"):
+        model = Comparison(RewardSettings(ties=kind), 0.2)
+        parameter = float(model.threshold.detach())
+        expected = (2.0 * loss_by_hand(kind, 0.8, parameter)[0] + 0.5 * loss_by_hand(kind, 0.5, parameter)[1]) / 2.5
+        assert float(model.loss(scores, [g], [0])) == pytest.approx(expected, rel=1e-5)
+    assert float(Comparison(RewardSettings()).loss(scores, [g], [0])) == pytest.approx(np.log1p(np.exp(-0.8)), rel=1e-5)
+
+
+def test_margin_by_rank_distance():
+    scores = torch.tensor([1.0, 0.2])
+    loss = Comparison(RewardSettings(margin=0.5)).loss
+    for distance, expected in ((1.0, 0.8), (3.0, -0.2)):
+        assert float(loss(scores, [group("a", "xy", [(0, 1, 1.0, distance)])], [0])) == pytest.approx(np.log1p(np.exp(-expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["davidson", "rao-kupper"])
+def test_tie_parameter_is_learned(tiny, monkeypatch, kind):
+    """Two with an exclamation mark tie, and two without. It starts where equal scores tie as often as people did, which is too
+    seldom: most of what they compared is not equal. Learned, it expects about as many ties as there are."""
+    groups = [group(g.prompt.id, [c.text for c in g.completions], g.pairs, [(0, 2), (1, 3)]) for g in exclaimers(48)]
+    settings = {**SETTINGS, "epochs": 10, "learning_rate": 1e-3, "ties": kind}
+    _, learned = train_reward(tiny, groups, **settings)
+    monkeypatch.setattr(training, "RATE", 0.0)
+    _, fixed = train_reward(tiny, groups, **settings)
+    off = lambda report: abs(report.ties["predicted"] - report.ties["share"])
+    assert learned.ties["share"] == pytest.approx(1 / 3) and learned.accuracy.low > 0.8
+    assert off(learned) < 0.6 * off(fixed) and learned.ties["threshold"] > 1.3 * fixed.ties["threshold"]
+
+
+def test_only_ties_are_too_few_pairs(tiny):
+    groups = [group(g.prompt.id, ["a", "b"], [], [(0, 1)]) for g in exclaimers(48)]
+    for kind in ("drop", "davidson"):
+        with pytest.raises(UserError, match="needs pairs"):
+            train_reward(tiny, groups, **SETTINGS, ties=kind)
+
+
+def test_length_slope_is_a_logistic_regression():
+    """scikit-learn on the same pairs, each seen from both sides."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 60, size=(300, 2))
+    x = np.log(lengths[:, 0] / lengths[:, 1])
+    won = rng.random(300) < 1 / (1 + np.exp(-0.8 * x))
+    weights = rng.random(300) + 0.5
+    groups = [group(str(i), "xy", [(0, 1, w) if first else (1, 0, w)]) for i, (first, w) in enumerate(zip(won, weights, strict=True))]
+    theirs = LogisticRegression(fit_intercept=False, C=1e3, tol=1e-10).fit(x[:, None], won, sample_weight=weights).coef_[0, 0]
+    assert length_slope(groups, lengths.tolist()) == pytest.approx(theirs, rel=1e-3)
+
+
+def test_length_control_adds_what_length_explains_while_it_trains(tiny):
+    """The first step's loss, all groups in one, by hand: -log sigma(d + b log(length / length))."""
+    rng = np.random.default_rng(0)
+    word = lambda n: "".join(rng.choice(list("abcdefgh"), size=n))
+    groups = [
+        group(f"g{i}", [word(n), word(2 * n)], [(1, 0) if rng.random() < 0.8 else (0, 1)])
+        for i, n in enumerate(rng.integers(3, 9, size=60))
+    ]
+    train = [g for g in groups if split_of(g.prompt.id, 0.0, SETTINGS["heldout"]) == "train"]
+    _, report = train_reward(tiny, groups, **SETTINGS, prompts_per_step=60, length_control=True)
+    scores = RewardModel.on(tiny, SETTINGS["top_layers"], 0).raw_scores
+    losses = []
+    for g in train:
+        rows = RewardModel.on(tiny, SETTINGS["top_layers"], 0).encode(g.completions)
+        s = scores(rows).detach().numpy() + report.length_slope * np.log(rows.response_lengths.numpy())
+        losses.append(np.log1p(np.exp(-(s[g.pairs[0].preferred] - s[g.pairs[0].other]))))
+    assert report.length_slope > 1 and report.losses[0] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -33,6 +33,10 @@ def letters(prompts, completions):
     return [sum(c.isalpha() for c in text) / 4 for text in completions]
 
 
+def longest(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
@@ -218,7 +222,7 @@ def test_what_an_algorithm_computes_besides_is_halved_too(go, monkeypatch, algor
 
 def test_a_row_that_does_not_fit_is_a_sentence(go, monkeypatch):
     limited(monkeypatch, 3)
-    with pytest.raises(UserError, match=r"single row.*max_new_tokens"):
+    with pytest.raises(UserError, match=r"single row.*max-new-tokens"):
         go("r")
 
 
@@ -283,9 +287,15 @@ def test_the_same_call_again_is_the_whole_run(folder, tmp_path, monkeypatch, cap
         call("cut", learning_rate=2e-3)
     with pytest.raises(UserError, match=r"something else to read: prompts"):
         train_rl(start, prompts[::-1], letters, out=tmp_path / "cut", validation=prompts[:2], resume=True, **SMALL)
-    call("cut", max_steps=5)
+    with pytest.raises(UserError, match=r"reward 1 \(it was '1\*letters', it is '1\*longest'\)"):
+        train_rl(start, prompts, longest, out=tmp_path / "cut", validation=prompts[:2], resume=True, **SMALL)
+    train_rl(
+        start, prompts, longest, out=tmp_path / "cut", validation=prompts[:2], resume=True, allow_changes=True, **{**SMALL, "max_steps": 5}
+    )
+    history = Run.open(tmp_path / "cut")[0].read("history.jsonl")
+    assert [c["setting"] for row in history for c in row.get("changes", ())] == ["rl.max_steps", "reward 1"]
     capsys.readouterr()
-    assert call("cut", max_steps=5).steps == 5 and "changed settings" not in capsys.readouterr().out
+    assert call("whole", max_steps=4).steps == 4 and "changed settings" not in capsys.readouterr().out
     assert main(["resume", str(tmp_path / "cut")]) == 2 and "resume=True" in capsys.readouterr().err
     with pytest.raises(UserError, match="name it: out="):
         train_rl(start, prompts, letters, resume=True, **SMALL)

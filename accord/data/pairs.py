@@ -3,7 +3,7 @@
 | two completions   | becomes                                                          |
 |-------------------|------------------------------------------------------------------|
 | different ranks   | a pair, preferred first                                          |
-| same rank         | a tie: dropped here (Bradley-Terry has no ties)                  |
+| same rank         | a tie: for the losses that know ties; Bradley-Terry drops it     |
 | ranked and F      | a pair, ranked first, weighted by ``fail_weight``                |
 | F and F           | nothing                                                          |
 """
@@ -12,25 +12,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
-from accord.data.records import Completion, Logged, PairGroup, RankedCompletions, Ranking
-from accord.errors import UserError
+from accord.data.records import Completion, Logged, Pair, PairGroup, RankedCompletions, Ranking
+from accord.errors import UserError, did_you_mean
 
 
-def pairs_of(ranking: Ranking, fail_weight: float = 1.0) -> list[tuple[int, int, float]]:
-    """(preferred, other, weight) for every two completions that one ranking tells apart."""
-    pairs = []
-    for i, first in enumerate(ranking.ranks):
-        for j in range(i + 1, len(ranking.ranks)):
-            second = ranking.ranks[j]
-            if first == second:
-                continue
-            if first is None or second is None:
-                pairs.append((j, i, fail_weight) if first is None else (i, j, fail_weight))
-            else:
-                pairs.append((i, j, 1.0) if first < second else (j, i, 1.0))
-    return pairs
+def pairs_of(ranking: Ranking, fail_weight: float = 1.0) -> tuple[list[Pair], list[Pair]]:
+    """The pairs and the ties of one ranking."""
+    used = sorted({rank for rank in ranking.ranks if rank is not None})
+    places = [len(used) if rank is None else used.index(rank) for rank in ranking.ranks]  # 1, 2, 2, 4 stands as 1, 2, 2, 3
+    pairs, ties = [], []
+    for i, j in combinations(range(len(places)), 2):
+        if places[i] == places[j]:
+            if ranking.ranks[i] is not None:
+                ties.append(Pair(i, j))
+            continue
+        better, worse = (i, j) if places[i] < places[j] else (j, i)
+        weight = fail_weight if ranking.ranks[worse] is None else 1.0
+        pairs.append(Pair(better, worse, weight, places[worse] - places[better]))
+    return pairs, ties
 
 
 def scored_by_rank(completions: dict[str, list[Completion]], rankings: Sequence[Ranking]) -> list[Logged]:
@@ -62,27 +64,51 @@ def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> li
     return answers
 
 
-def group_pairs(completions: dict[str, list[Completion]], rankings: Sequence[Ranking], fail_weight: float = 1.0) -> list[PairGroup]:
-    """One group a prompt. Labelers who contradict each other give both pairs, each with its weight.
+def group_pairs(
+    completions: dict[str, list[Completion]],
+    rankings: Sequence[Ranking],
+    fail_weight: float = 1.0,
+    labeler_weights: Mapping[str, float] | None = None,
+) -> list[PairGroup]:
+    """One group a prompt. Labelers who contradict each other give both pairs, each with its weight; a pair that several
+    give has the sum of their weights and the mean of its distances.
 
     Equal texts within a prompt are one completion: a pair of them would ask the model to prefer a text to
     itself, so it is dropped.
+
+    Args:
+        labeler_weights: what a labeler's rankings count for; 1 for those not named.
+
+    Raises:
+        UserError: a ranking is of other completions, or a weight is of nobody who ranked.
     """
+    unknown = sorted({*(labeler_weights or {})} - {ranking.labeler for ranking in rankings})
+    if unknown:
+        raise UserError(
+            f"There is a weight for '{unknown[0]}', who ranked nothing.{did_you_mean(unknown[0], {r.labeler for r in rankings})}"
+        )
     by_prompt: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in rankings:
         by_prompt[ranking.prompt_id].append(ranking)
     groups = []
     for given in by_prompt.values():
-        weights: dict[tuple[int, int], float] = defaultdict(float)
+        found: tuple[dict[tuple[int, int], list[Pair]], ...] = (defaultdict(list), defaultdict(list))
         for ranking in given:
             answers = answers_of(ranking, completions)
-            for better, worse, weight in pairs_of(ranking, fail_weight):
-                if weight > 0 and answers[better].text != answers[worse].text:
-                    weights[better, worse] += weight
-        if weights:
-            pairs = tuple((i, j, w) for (i, j), w in weights.items())
-            groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs))
+            trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
+            for kind, some in zip(found, pairs_of(ranking, fail_weight), strict=True):
+                for pair in some:
+                    if pair.weight * trust > 0 and answers[pair.preferred].text != answers[pair.other].text:
+                        kind[pair[:2]].append(pair._replace(weight=pair.weight * trust))
+        pairs, ties = (tuple(_together(some) for some in kind.values()) for kind in found)
+        if pairs or ties:
+            groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties))
     return groups
+
+
+def _together(same: Sequence[Pair]) -> Pair:
+    weight = sum(pair.weight for pair in same)
+    return same[0]._replace(weight=weight, distance=sum(pair.weight * pair.distance for pair in same) / weight)
 
 
 def grouped_pairs(ranked: RankedCompletions, fail_weight: float = 1.0) -> list[PairGroup]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Content = str | list[dict[str, str]]
 SPLITS = ("train", "validation", "heldout")
@@ -81,16 +81,24 @@ class Ranking:
         return {**asdict(self), "ranks": ["F" if r is None else r for r in self.ranks]}
 
 
+class Pair(NamedTuple):
+    """Two completions of a prompt, as indices, that were compared: the first is preferred, or they tie."""
+
+    preferred: int
+    other: int
+    weight: float = 1.0
+    distance: float = 1.0
+    """How many ranks apart they are; ``F`` stands one below the last rank."""
+
+
 @dataclass(frozen=True)
 class PairGroup:
-    """The completions of one prompt and what its rankings say of them; one batch element of reward training.
-
-    ``pairs`` holds (preferred, other, weight) as indices into ``completions``.
-    """
+    """The completions of one prompt and what its rankings say of them; one batch element of reward training."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    pairs: tuple[tuple[int, int, float], ...]
+    pairs: tuple[Pair, ...]
+    ties: tuple[Pair, ...] = ()
 
 
 @dataclass

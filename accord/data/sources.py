@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accord.data.records import Completion, Content, Logged, PairGroup, Prompt, Ranking, Turn
+from accord.data.records import Completion, Content, Logged, Pair, PairGroup, Prompt, Ranking, Turn
 from accord.disk import read_text
 from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
@@ -162,7 +162,7 @@ def read_pairs(source: str | Path) -> list[PairGroup]:
 
     ``chosen`` and ``rejected`` are texts, or chats whose last message is the assistant's.
     """
-    groups: dict[str, tuple[Prompt, list[Completion], list[tuple[int, int, float]]]] = {}
+    groups: dict[str, tuple[Prompt, list[Completion], list[Pair]]] = {}
     for number, (place, row) in enumerate(read_rows(source), 1):
         for name in ("prompt", "chosen", "rejected"):
             if row.get(name) is None:
@@ -182,7 +182,7 @@ def read_pairs(source: str | Path) -> list[PairGroup]:
                 known = len(completions)
                 completions.append(Completion(prompt, text, bool(row.get("finished", True)), known))
             indices.append(known)
-        pairs.append((indices[0], indices[1], 1.0))
+        pairs.append(Pair(indices[0], indices[1]))
     if not groups:
         raise UserError(f"{source} holds no pairs.")
     return [PairGroup(p, tuple(c), tuple(w)) for p, c, w in groups.values()]

@@ -40,7 +40,8 @@ class TokenBudget:
             # Here the error's traceback is gone, and with it the tensors that its frames held.
             if self.tokens < LEAST:
                 raise UserError(
-                    "Memory runs out with a single row at a time; lower max_new_tokens, train fewer layers (--top-layers), or use a smaller model."
+                    "Memory runs out with as little as possible at a time, a single row or prompt; use shorter texts (--max-new-tokens), train "
+                    "fewer layers (--top-layers), or take a smaller model."
                 )
             self.tokens //= 2
             self.halved += 1

@@ -8,11 +8,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accord.checkpoints import Checkpoints
@@ -22,6 +21,7 @@ from accord.errors import UserError
 from accord.nn.budget import TokenBudget
 from accord.nn.weights import sampled_fingerprint
 from accord.progress import bar, console, safe_point, stop_requested
+from accord.reward.comparison import RATE, Comparison, differences, length_slope
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.rollout.policy import Policy
@@ -41,6 +41,11 @@ class RewardReport:
         accuracy: share of held-out pair weight ordered rightly; equal scores count half.
         calibration_error: expected calibration error of sigmoid(difference), ten bins.
         bins: (mean predicted probability, share that came true, pairs) for each bin.
+        log_loss: of the held-out pairs, by sigmoid(difference).
+        ties: with a model that knows ties: its ``threshold`` (nu, lambda), and the ``predicted`` and actual ``share`` of ties among
+            the held-out comparisons.
+        length_slope: how much longer completions are preferred in the training pairs (:func:`length_slope`).
+        follows_length: how much the scores do: share of the held-out pairs of unequal length whose longer one has the higher score; None where all are of equal length.
     """
 
     accuracy: Estimate
@@ -52,25 +57,13 @@ class RewardReport:
     train_groups: int
     heldout_groups: int
     heldout_pairs: int
+    ties: dict[str, float] | None
+    length_slope: float
+    follows_length: Estimate | None
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "accuracy": self.accuracy.to_json()}
-
-
-def pair_loss(scores: Tensor, groups: Sequence[PairGroup], offsets: Sequence[int]) -> Tensor:
-    """Mean over groups of the weighted mean over a group's pairs of -log sigmoid(r_preferred - r_other).
-
-    Args:
-        scores: (N,) raw scores; group g's completions start at ``offsets[g]``.
-    """
-    total = scores.new_zeros(())
-    for group, at in zip(groups, offsets, strict=True):
-        better = torch.tensor([at + i for i, _, _ in group.pairs], device=scores.device)
-        worse = torch.tensor([at + j for _, j, _ in group.pairs], device=scores.device)
-        weight = torch.tensor([w for _, _, w in group.pairs], device=scores.device)
-        losses = -F.logsigmoid(scores[better] - scores[worse])
-        total = total + (losses * weight).sum() / weight.sum()
-    return total / len(groups)
+        follows = self.follows_length and self.follows_length.to_json()
+        return {**self.__dict__, "accuracy": self.accuracy.to_json(), "follows_length": follows}
 
 
 def train_reward_model(
@@ -79,6 +72,7 @@ def train_reward_model(
     heldout: Sequence[PairGroup],
     settings: RewardSettings,
     checkpoints: Checkpoints | None = None,
+    allow_changes: bool = False,
 ) -> tuple[RewardModel, RewardReport]:
     """Fit a reward model on the policy's trunk and measure it on held-out prompts.
 
@@ -88,68 +82,87 @@ def train_reward_model(
     Args:
         checkpoints: where training is saved once a minute and where a stop is asked for; it goes on from the newest, with the
             numbers an uninterrupted training would have had.
+        allow_changes: start over where the checkpoints are of another training.
 
     Raises:
         UserError: there are no pairs, a gradient is not finite, or the checkpoints are of another training.
     """
-    if not train or not heldout:
+    train, heldout = ([g for g in groups if g.pairs or (g.ties and settings.ties != "drop")] for groups in (train, heldout))
+    if not any(g.pairs for g in train) or not any(g.pairs for g in heldout):
         raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
-    fit = _Fit(RewardModel.on(policy, settings.top_layers, settings.seed), settings)
-    about = {"settings": settings.model_dump(exclude={"micro_batch_tokens"}), "model": sampled_fingerprint(fit.reward.network)}
-    about["pairs"] = digest([*train, *heldout])
+    tied = sum(p.weight for g in train for p in g.ties)
+    comparison = Comparison(settings, tied / (tied + sum(p.weight for g in train for p in g.pairs)))
+    fit = _Fit(RewardModel.on(policy, settings.top_layers, settings.seed), comparison, settings)
+    about = {
+        "settings": settings.model_dump(exclude={"micro_batch_tokens"}),
+        "model": f"{sampled_fingerprint(fit.reward.network)} {policy.model.compute_dtype}",
+        "training pairs": digest(train),
+        "held-out pairs": digest(heldout),
+    }
     if checkpoints:
-        fit.restore(checkpoints, about)
+        fit.restore(checkpoints, about, allow_changes)
+    told = KEPT if checkpoints else "Nothing is kept of the reward model."
     reward, kept, saved = fit.reward, len(fit.losses), time.monotonic()
-    sets = [_Encoded.of(reward, groups, label) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
+    sets = [_Encoded.of(reward, groups, label, fit.budget, told) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
+    slope = length_slope(train, sets[0].lengths)
+    if settings.length_control:
+        sets[0].offset = slope * sets[0].rows.response_lengths.float().log()
     each = math.ceil(len(train) / settings.prompts_per_step)
     steps = settings.epochs * each
     with bar("Reward model", steps) as progress:
         progress.advance(len(fit.losses))
         for step in range(kept, steps):
             if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
-                checkpoints.save(step, fit.tensors(), {**about, "losses": fit.losses}, None)
+                checkpoints.save(step, fit.tensors(), {**about, **fit.about()}, None)
                 kept, saved = step, time.monotonic()
-            safe_point(KEPT if checkpoints else "Nothing is kept of the reward model.")
+            safe_point(told)
             order = np.random.default_rng([settings.seed, step // each]).permutation(len(train))
             fit.step(sets[0], np.array_split(order, each)[step % each].tolist(), _schedule(step, steps))
             progress.advance(1, f"loss {np.mean(fit.losses[-20:]):.3f}")
     reward.scalar.requires_grad_(False)
     train_scores = sets[0].scores(reward)
     reward.mean, reward.scale = float(train_scores.mean()), max(float(train_scores.std()), 1e-6)
-    return reward, _report(reward, sets, train_scores, fit.losses)
+    return reward, _report(reward, comparison, sets, train_scores, fit.losses, slope)
 
 
 def digest(groups: Sequence[PairGroup]) -> str:
     """Equal for equal prompts, completions and pairs in the same order."""
     found = hashlib.sha256()
     for g in groups:
-        found.update(json.dumps([g.prompt.id, g.prompt.content, [[c.text, c.finished, c.tokens] for c in g.completions], g.pairs]).encode())
+        completions = [[c.text, c.finished, c.tokens] for c in g.completions]
+        found.update(json.dumps([g.prompt.id, g.prompt.content, completions, g.pairs, g.ties]).encode())
     return found.hexdigest()[:16]
 
 
 class _Fit:
-    """What changes while a reward model is trained, and so what a checkpoint holds: its trained layers, Adam, the losses."""
+    """What changes while a reward model is trained, and so what a checkpoint holds: its trained layers, the tie parameter, Adam, the losses."""
 
-    def __init__(self, reward: RewardModel, settings: RewardSettings) -> None:
-        self.reward, self.settings = reward, settings
+    def __init__(self, reward: RewardModel, comparison: Comparison, settings: RewardSettings) -> None:
+        self.reward, self.comparison, self.settings = reward, comparison, settings
         self.losses: list[float] = []
-        self._parameters = reward.scalar.trainable()
+        layers = reward.scalar.trainable()
+        extra = {f"comparison/{name}": p for name, p in comparison.to(reward.network.device).named_parameters()}
+        self._parameters = {**layers, **extra}
         self._adam = torch.optim.AdamW(
-            list(self._parameters.values()), lr=0.0, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
-        )
-        self._budget = TokenBudget(settings.micro_batch_tokens)
+            [
+                {"params": list(layers.values()), "rate": settings.learning_rate, "weight_decay": settings.weight_decay},
+                {"params": list(extra.values()), "rate": RATE, "weight_decay": 0.0},
+            ],
+            lr=0.0, betas=(0.9, 0.98), fused=True,
+        )  # fmt: skip
+        self.budget = TokenBudget(settings.micro_batch_tokens)
 
     def step(self, encoded: _Encoded, prompts: list[int], rate: float) -> None:
         """One optimizer step over these prompts' groups. ``rate``: of the learning rate."""
-        halved = self._budget.halved
-        loss = self._budget.fit(lambda tokens: self._gradients(encoded, prompts, tokens))
-        if self._budget.halved > halved:
-            console.print(f"[bold yellow]Memory ran out[/]; micro-batches now have {self._budget.tokens} tokens. The gradient is the same.", soft_wrap=True)  # fmt: skip
+        halved = self.budget.halved
+        loss = self.budget.fit(lambda tokens: self._gradients(encoded, prompts, tokens))
+        if self.budget.halved > halved:
+            console.print(f"[bold yellow]Memory ran out[/]; micro-batches now have {self.budget.tokens} tokens. The gradient is the same.", soft_wrap=True)  # fmt: skip
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self.settings.max_grad_norm)
         if not torch.isfinite(norm):
             raise UserError(f"Reward training: the gradient is not finite at step {len(self.losses)}; lower learning_rate.")
         for group in self._adam.param_groups:
-            group["lr"] = self.settings.learning_rate * rate
+            group["lr"] = group["rate"] * rate
         self._adam.step()
         self.losses.append(loss)
 
@@ -159,7 +172,10 @@ class _Fit:
         self._adam.zero_grad(set_to_none=True)
         for part in encoded.micro_batches(prompts, tokens):
             rows, groups, offsets = encoded.batch(part)
-            loss = pair_loss(self.reward.raw_scores(rows), groups, offsets) * (len(part) / len(prompts))
+            scores = self.reward.raw_scores(rows)
+            if encoded.offset is not None:
+                scores = scores + encoded.offset[encoded.rows_of(part)].to(scores.device)
+            loss = self.comparison.loss(scores, groups, offsets) * (len(part) / len(prompts))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
@@ -170,11 +186,14 @@ class _Fit:
             out |= {f"optimizer/{name}/{key}": torch.as_tensor(value) for key, value in self._adam.state[p].items()}
         return out
 
-    def restore(self, checkpoints: Checkpoints, about: Mapping[str, Any]) -> None:
+    def about(self) -> dict[str, Any]:
+        return {"losses": self.losses, "micro_batch_tokens": self.budget.tokens if self.budget.halved else None}
+
+    def restore(self, checkpoints: Checkpoints, about: Mapping[str, Any], allow_changes: bool) -> None:
         """Take over the newest checkpoint, if there is one.
 
         Raises:
-            UserError: it is of other settings, another model or other pairs.
+            UserError: it is of other settings, another model or other pairs, and changes are not allowed.
         """
         saved = checkpoints.newest()
         if saved is None:
@@ -183,7 +202,13 @@ class _Fit:
         changed = [
             f"{n} (it was {v}, it is {about['settings'].get(n)})" for n, v in before["settings"].items() if about["settings"].get(n) != v
         ]
-        changed += [f"the {name}" for name in ("model", "pairs") if before[name] != about[name]]
+        changed += [f"the {name}" for name in ("model", "training pairs", "held-out pairs") if before.get(name) != about[name]]
+        if changed and allow_changes:
+            console.print(
+                f"The reward model is trained from its start: it was begun with something else ({', '.join(changed)}).", soft_wrap=True
+            )
+            checkpoints.forget()
+            return
         if changed:
             raise UserError(
                 f"{checkpoints.root} holds a training that was begun with something else: {', '.join(changed)}. Put that back to go on "
@@ -194,6 +219,7 @@ class _Fit:
             keys = ("step", "exp_avg", "exp_avg_sq")
             self._adam.state[p] = {key: saved.tensors[f"optimizer/{name}/{key}"].to(p.device, copy=True) for key in keys}
         self.losses = list(before["losses"])
+        self.budget.tokens = min(self.budget.tokens, before["micro_batch_tokens"] or self.budget.tokens)
         console.print(f"Going on with the reward model at step {saved.step}.")
 
 
@@ -208,21 +234,26 @@ class _Encoded:
     groups: Sequence[PairGroup]
     rows: Rollout
     offsets: list[int]
+    offset: Tensor | None = None  # (N,) what length adds to each raw score while it is trained
 
     @classmethod
     @torch.no_grad()
-    def of(cls, reward: RewardModel, groups: Sequence[PairGroup], label: str) -> _Encoded:
+    def of(cls, reward: RewardModel, groups: Sequence[PairGroup], label: str, budget: TokenBudget, told: str) -> _Encoded:
         completions = [c for group in groups for c in group.completions]
         rows = reward.encode(completions)
         start, cut = reward.network, reward.scalar.cut
         rows.trunk_cut = cut
-        rows.trunk = torch.zeros(*rows.tokens.shape, start.config.hidden_size, dtype=start.dtype, device=start.device)
-        with bar(label, len(rows)) as progress:
-            for index in rows.micro_batches(8192):
-                safe_point(KEPT)
-                part = rows.select(index)
-                rows.trunk[index, : part.tokens.shape[1]] = trunk_of(start, part, cut)
-                progress.advance(len(index))
+        rows.trunk = trunk = torch.zeros(*rows.tokens.shape, start.config.hidden_size, dtype=start.dtype, device=start.device)
+
+        def fill(tokens: int) -> None:
+            with bar(label, len(rows)) as progress:
+                for index in rows.micro_batches(tokens):
+                    safe_point(told)
+                    part = rows.select(index)
+                    trunk[index, : part.tokens.shape[1]] = trunk_of(start, part, cut)
+                    progress.advance(len(index))
+
+        budget.fit(fill)
         sizes = [len(group.completions) for group in groups]
         return cls(groups, rows, [0, *np.cumsum(sizes)[:-1].tolist()])
 
@@ -243,29 +274,50 @@ class _Encoded:
 
     def batch(self, indices: list[int]) -> tuple[Rollout, list[PairGroup], list[int]]:
         groups = [self.groups[i] for i in indices]
-        rows = [self.offsets[i] + k for i in indices for k in range(len(self.groups[i].completions))]
         sizes = [len(group.completions) for group in groups]
-        return self.rows.select(torch.tensor(rows)), groups, [0, *np.cumsum(sizes)[:-1].tolist()]
+        return self.rows.select(self.rows_of(indices)), groups, [0, *np.cumsum(sizes)[:-1].tolist()]
+
+    def rows_of(self, indices: list[int]) -> Tensor:
+        """The rows of these groups' completions."""
+        return torch.tensor([self.offsets[i] + k for i in indices for k in range(len(self.groups[i].completions))])
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Response tokens of each group's completions."""
+        own = self.rows.response_lengths.tolist()
+        return [own[at : at + len(g.completions)] for g, at in zip(self.groups, self.offsets, strict=True)]
 
     def scores(self, reward: RewardModel) -> Tensor:
         return reward.logits(self.rows) + reward.mean
 
-    def differences(self, scores: Tensor) -> list[tuple[str, float, float]]:
-        """(prompt id, score of the preferred minus the other, weight) for every pair."""
-        out = []
-        for group, at in zip(self.groups, self.offsets, strict=True):
-            for i, j, w in group.pairs:
-                out.append((group.prompt.id, float(scores[at + i] - scores[at + j]), w))
-        return out
+    def compared(self, scores: Tensor, ties: bool = False) -> list[_Compared]:
+        """Every pair, or every tie."""
+        lengths = self.lengths
+        return [
+            _Compared(group.prompt.id, d, pair.weight, math.log(own[pair.preferred] / own[pair.other]))
+            for group, at, own in zip(self.groups, self.offsets, lengths, strict=True)
+            if (some := group.ties if ties else group.pairs)
+            for pair, d in zip(some, differences(scores, some, at).tolist(), strict=True)
+        ]
 
 
-def _report(reward: RewardModel, sets: list[_Encoded], train_scores: Tensor, losses: list[float]) -> RewardReport:
-    train = sets[0].differences(train_scores)
-    heldout = sets[1].differences(sets[1].scores(reward))
-    gaps = np.array([d for _, d, _ in heldout])
-    weights = np.array([w for _, _, w in heldout])
+class _Compared(NamedTuple):
+    prompt: str
+    difference: float  # of the scores, preferred minus other
+    weight: float
+    longer: float  # log of the preferred's length over the other's
+
+
+@torch.no_grad()
+def _report(
+    reward: RewardModel, comparison: Comparison, sets: list[_Encoded], train_scores: Tensor, losses: list[float], slope: float
+) -> RewardReport:
+    train, heldout_scores = sets[0].compared(train_scores), sets[1].scores(reward)
+    heldout = sets[1].compared(heldout_scores)
+    prompts = [c.prompt for c in heldout]
+    gaps, weights = np.array([c.difference for c in heldout]), np.array([c.weight for c in heldout])
     right = np.where(gaps == 0, 0.5, gaps > 0)
-    accuracy = bootstrap_ratio((right * weights).tolist(), weights.tolist(), [p for p, _, _ in heldout])
+    accuracy = bootstrap_ratio((right * weights).tolist(), weights.tolist(), prompts)
     # Each pair is one event "the first of the two is preferred"; told from the side predicted likelier.
     confidence = 1 / (1 + np.exp(-np.abs(gaps)))
     bins, error = [], 0.0
@@ -278,10 +330,12 @@ def _report(reward: RewardModel, sets: list[_Encoded], train_scores: Tensor, los
             came = float(np.average(right[inside], weights=weights[inside]))
             bins.append((said, came, float(weights[inside].sum())))
             error += abs(said - came) * float(weights[inside].sum() / weights.sum())
-    train_right = [0.5 if d == 0 else float(d > 0) for _, d, _ in train]
+    train_right = [0.5 if c.difference == 0 else float(c.difference > 0) for c in train]
+    unequal = [c for c in heldout if c.longer != 0 and c.difference != 0]
+    longer = [c.weight * float((c.difference > 0) == (c.longer > 0)) for c in unequal]
     return RewardReport(
         accuracy=accuracy,
-        train_accuracy=float(np.average(train_right, weights=[w for _, _, w in train])),
+        train_accuracy=float(np.average(train_right, weights=[c.weight for c in train])),
         calibration_error=error,
         log_loss=float(np.average(np.logaddexp(0, -gaps), weights=weights)),
         bins=bins,
@@ -289,4 +343,19 @@ def _report(reward: RewardModel, sets: list[_Encoded], train_scores: Tensor, los
         train_groups=len(sets[0].groups),
         heldout_groups=len(sets[1].groups),
         heldout_pairs=len(heldout),
+        ties=None if comparison.ties == "drop" else _ties(comparison, heldout, sets[1].compared(heldout_scores, ties=True)),
+        length_slope=slope,
+        follows_length=bootstrap_ratio(longer, [c.weight for c in unequal], [c.prompt for c in unequal]) if unequal else None,
     )
+
+
+def _ties(comparison: Comparison, pairs: list[_Compared], ties: list[_Compared]) -> dict[str, float]:
+    every = [*pairs, *ties]
+    weights = np.array([c.weight for c in every])
+    chances = torch.exp(-comparison.tied(torch.tensor([c.difference for c in every]))).cpu().numpy()
+    tied = sum(c.weight for c in ties)
+    return {
+        "threshold": float(comparison.threshold),
+        "predicted": float(np.average(chances, weights=weights)),
+        "share": tied / weights.sum(),
+    }

@@ -203,6 +203,8 @@ class Campaign:
             if code == 0 or (attempts > 1 and not how and "already exists" in log):  # it was whole when its end was disturbed
                 code = 0
                 break
+            if attempts > 1 and how and "already exists" in log:  # it was whole already; what is left of it goes at the next attempt
+                continue
             told = code == 2 and how.get("error") and ("Cannot write" in log or "Cannot read" in log)
             if not (code == -signal.SIGKILL and how) and not told:
                 self.failures.append(f"{folder.name}: ended with {code} after {story}\n{log[-1500:]}")
