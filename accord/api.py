@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from accord.checkpoints import until_done
 from accord.config import RLSettings, SampleSettings, build
-from accord.data.pairs import grouped_pairs, scored_by_rank
+from accord.data.pairs import group_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
 from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
 from accord.disk import append_lines, repair_lines, write_lines
@@ -109,6 +109,7 @@ def train_reward(
     pairs: Sequence[PairGroup] | RankedCompletions,
     *,
     heldout: float = 0.15,
+    labeler_weights: Mapping[str, float] | None = None,
     out: str | Path | None = None,
     **settings: Any,
 ) -> tuple[RewardModel, RewardReport]:
@@ -117,6 +118,7 @@ def train_reward(
     Args:
         pairs: groups (``read_pairs(file)``) or what the feedback stage gave.
         heldout: share of the prompts that is held out to measure on.
+        labeler_weights: what each labeler's rankings count for (``accord.labeler_weights(rankings)``); with rankings only.
         out: a new folder to save it in. Training is then saved beside it on the way (``OUT.training``), and the same call goes on
             from there.
         settings: fields of :class:`accord.reward.settings.RewardSettings`.
@@ -124,7 +126,12 @@ def train_reward(
     s = build(RewardSettings, settings, "reward")
     if out is not None:
         out = refuse_reward(Path(out))
-    groups = grouped_pairs(pairs, s.fail_weight) if isinstance(pairs, RankedCompletions) else list(pairs)
+    if isinstance(pairs, RankedCompletions):
+        groups = group_pairs(pairs.completions, pairs.rankings, s.fail_weight, labeler_weights)
+    elif labeler_weights is not None:
+        raise UserError("Labelers' weights weigh rankings; pairs have no labelers any more.")
+    else:
+        groups = list(pairs)
     held = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"]
     kept = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) != "heldout"]
     return train_reward_model(policy, kept, held, s) if out is None else save_reward(out, policy, kept, held, s)

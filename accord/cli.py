@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from accord.config import (
     load_yaml,
     recipe_text,
 )
-from accord.disk import read_text
+from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean
 from accord.progress import console, orderly_stop
 
@@ -127,10 +128,24 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
     reward.add_argument("--completions", help="completions that --rankings speak of (from accord sample)")
     reward.add_argument("--rankings", help="raw rankings: prompt_id, labeler, ranks")
+    reward.add_argument(
+        "--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)"
+    )
     reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
     reward.add_argument(
         "--out", type=Path, required=True, help="folder to save the reward model in; the same command goes on with a training that was cut"
     )
+
+    agree = command(
+        "agreement",
+        do_agreement,
+        "How far labelers agree, with each other and with known answers, and how much each is worth.",
+        "accord agreement --rankings rankings.jsonl --weights weights.json",
+    )
+    agree.add_argument("--rankings", required=True, help="raw rankings: prompt_id, labeler, ranks")
+    agree.add_argument("--gold", metavar="LABELER", help="the labeler whose rankings are known to be right")
+    agree.add_argument("--weights", type=Path, metavar="FILE", help="also write what each labeler should count for, for accord reward")
+    agree.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
 
     rl = command(
         "rl",
@@ -284,24 +299,42 @@ def do_sample(arguments: argparse.Namespace) -> None:
 def do_reward(arguments: argparse.Namespace) -> None:
     from accord.api import load, refuse_reward, train_reward
     from accord.data.pairs import group_pairs
-    from accord.data.sources import read_completions, read_pairs, read_rankings
+    from accord.data.sources import read_completions, read_pairs, read_rankings, read_weights
 
     values = settings(arguments, RewardSettings)
     refuse_reward(arguments.out)
     if bool(arguments.pairs) == bool(arguments.rankings) or bool(arguments.rankings) != bool(arguments.completions):
         raise UserError("Give either --pairs, or --rankings together with --completions.")
+    if arguments.labeler_weights and not arguments.rankings:
+        raise UserError("--labeler-weights weigh --rankings; pairs have no labelers any more.")
     if arguments.pairs:
         groups = read_pairs(arguments.pairs)
     else:
-        groups = group_pairs(
-            read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), values["fail_weight"]
-        )
+        weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
+        completions = read_completions(arguments.completions, with_tokens=False)
+        groups = group_pairs(completions, read_rankings(arguments.rankings), values["fail_weight"], weights)
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
         soft_wrap=True,
     )
     console.print(f"Reward model in {arguments.out}   (use: accord rl --reward {arguments.out} ...)", soft_wrap=True)
+
+
+def do_agreement(arguments: argparse.Namespace) -> None:
+    from accord.data.sources import read_rankings
+    from accord.feedback.agreement import agreement, labeler_weights
+    from accord.feedback.summary import print_agreement, to_json
+
+    rankings = read_rankings(arguments.rankings)
+    found = agreement(rankings, arguments.gold)
+    print_agreement(found)
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(to_json(found), indent=1, ensure_ascii=False) + "\n")
+    if arguments.weights:
+        weights = labeler_weights([r for r in rankings if r.labeler != arguments.gold])
+        write_whole(arguments.weights, json.dumps(weights, indent=1, ensure_ascii=False) + "\n")
+        console.print(f"Weights in {arguments.weights}   (use: accord reward --labeler-weights {arguments.weights} ...)", soft_wrap=True)
 
 
 def do_rl(arguments: argparse.Namespace) -> None:

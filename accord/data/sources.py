@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accord.data.records import Completion, Content, Logged, Pair, PairGroup, Prompt, Ranking, Turn
-from accord.disk import read_text
+from accord.disk import read_object, read_text
 from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
 
@@ -265,6 +265,19 @@ def _turn(value: Any, place: str) -> Turn:
     if not ids or not tokens or not _number(reward):
         raise UserError(f"{place}: each of its 'turns' needs 'tokens' and 'reply', lists of ids, and a finite 'reward'.")
     return Turn(tuple(tokens), float(reward), tuple(reply))  # type: ignore[arg-type]
+
+
+def read_weights(source: str | Path) -> dict[str, float]:
+    """Labelers' weights: a JSON object of names and numbers from 0.
+
+    Raises:
+        UserError: it is something else.
+    """
+    weights = read_object(Path(source).expanduser())
+    for name, value in weights.items():
+        if not _number(value) or value < 0:
+            raise UserError(f"{source}: the weight of '{name}' is {value!r}; it must be a number from 0.")
+    return {name: float(value) for name, value in weights.items()}
 
 
 def read_rankings(source: str | Path) -> list[Ranking]:
