@@ -147,6 +147,28 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     agree.add_argument("--weights", type=Path, metavar="FILE", help="also write what each labeler should count for, for accord reward")
     agree.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
 
+    out = command(
+        "export",
+        do_export,
+        "Rankings and their completions as training data that others read too.",
+        "accord export --completions sampled.jsonl --rankings rankings.jsonl --as dataset --out my-preferences",
+    )
+    out.add_argument("--completions", required=True, help="completions that --rankings speak of (from accord sample)")
+    out.add_argument("--rankings", required=True, help="raw rankings: prompt_id, labeler, ranks")
+    out.add_argument(
+        "--as",
+        dest="kind",
+        choices=("groups", "pairs", "unpaired", "dataset"),
+        default="pairs",
+        help="groups: a prompt a row, with ties and fails; pairs: prompt, chosen, rejected (TRL); unpaired: prompt, completion, label (KTO); "
+        "dataset: a folder for datasets.load_dataset, with a card [pairs]",
+    )
+    out.add_argument(
+        "--fail-weight", type=float, default=1.0, metavar="X", help="weight of pairs of a ranked completion against one marked F [1]"
+    )
+    out.add_argument("--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)")
+    out.add_argument("--out", type=Path, required=True, help="file, or with --as dataset the folder, to write; new")
+
     rl = command(
         "rl",
         do_rl,
@@ -335,6 +357,17 @@ def do_agreement(arguments: argparse.Namespace) -> None:
         weights = labeler_weights([r for r in rankings if r.labeler != arguments.gold])
         write_whole(arguments.weights, json.dumps(weights, indent=1, ensure_ascii=False) + "\n")
         console.print(f"Weights in {arguments.weights}   (use: accord reward --labeler-weights {arguments.weights} ...)", soft_wrap=True)
+
+
+def do_export(arguments: argparse.Namespace) -> None:
+    from accord.data.sources import read_completions, read_rankings, read_weights
+    from accord.feedback.export import export
+
+    weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
+    completions = read_completions(arguments.completions, with_tokens=False)
+    count = export(completions, read_rankings(arguments.rankings), arguments.kind, arguments.out, arguments.fail_weight, weights)
+    what = {"groups": "prompts", "unpaired": "completions"}.get(arguments.kind, "pairs")
+    console.print(f"{count} {what} in {arguments.out}", soft_wrap=True)
 
 
 def do_rl(arguments: argparse.Namespace) -> None:

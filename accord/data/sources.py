@@ -158,12 +158,18 @@ def read_prompts(source: str | Path) -> list[Prompt]:
 
 
 def read_pairs(source: str | Path) -> list[PairGroup]:
-    """Preference pairs (``prompt``, ``chosen``, ``rejected``), those of one prompt grouped together.
+    """Preference pairs (``prompt``, ``chosen``, ``rejected``), those of one prompt grouped together; or the groups that
+    ``accord export --as groups`` writes.
 
-    ``chosen`` and ``rejected`` are texts, or chats whose last message is the assistant's.
+    ``chosen`` and ``rejected`` are texts, or chats whose last message is the assistant's. ``weight`` and ``distance`` are 1 where
+    they are not given.
     """
     groups: dict[str, tuple[Prompt, list[Completion], list[Pair]]] = {}
+    whole: list[PairGroup] = []
     for number, (place, row) in enumerate(read_rows(source), 1):
+        if "completions" in row and "pairs" in row:
+            whole.append(_group(row, place, number))
+            continue
         for name in ("prompt", "chosen", "rejected"):
             if row.get(name) is None:
                 hint = next((h for key in row if (h := did_you_mean(str(key), [name]))), "")
@@ -182,10 +188,42 @@ def read_pairs(source: str | Path) -> list[PairGroup]:
                 known = len(completions)
                 completions.append(Completion(prompt, text, bool(row.get("finished", True)), known))
             indices.append(known)
-        pairs.append(Pair(indices[0], indices[1]))
-    if not groups:
+        pairs.append(_pair({**row, "preferred": indices[0], "other": indices[1]}, len(completions), place))
+    if not groups and not whole:
         raise UserError(f"{source} holds no pairs.")
-    return [PairGroup(p, tuple(c), tuple(w)) for p, c, w in groups.values()]
+    return [*whole, *(PairGroup(p, tuple(c), tuple(w)) for p, c, w in groups.values())]
+
+
+def _group(row: dict[str, Any], place: str, number: int) -> PairGroup:
+    prompt = Prompt(
+        str(row.get("id") or f"row-{number:05d}"), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or "")
+    )
+    completions = []
+    for index, given in enumerate(_list(row["completions"], place, "completions")):
+        text = given.get("text") if isinstance(given, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{place}: completion {index} has no field 'text'.")
+        _check_unicode(text, place, "completions")
+        completions.append(Completion(prompt, text, bool(given.get("finished", True)), index))
+    pairs, ties = (
+        tuple(_pair(pair, len(completions), place) for pair in _list(row.get(name) or [], place, name)) for name in ("pairs", "ties")
+    )
+    if not pairs and not ties:
+        raise UserError(f"{place} has neither pairs nor ties, so it teaches nothing; delete the row.")
+    return PairGroup(prompt, tuple(completions), pairs, ties)
+
+
+def _pair(given: Any, count: int, place: str) -> Pair:
+    row = given if isinstance(given, dict) else {}
+    sides = [row.get("preferred"), row.get("other")]
+    if not all(type(side) is int and 0 <= side < count for side in sides) or sides[0] == sides[1]:
+        raise UserError(
+            f"{place}: a pair names 'preferred' and 'other', two different completions from 0 to {count - 1}; it is {given!r:.80}."
+        )
+    numbers = [1.0 if row.get(name) is None else row[name] for name in ("weight", "distance")]
+    if not all(_number(value) and value > 0 for value in numbers):
+        raise UserError(f"{place}: 'weight' and 'distance' must be numbers above 0; they are {numbers[0]!r} and {numbers[1]!r}.")
+    return Pair(sides[0], sides[1], float(numbers[0]), float(numbers[1]))  # type: ignore[arg-type]
 
 
 def _completion_text(value: Any, place: str, field: str) -> str:
