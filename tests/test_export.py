@@ -47,9 +47,7 @@ def test_pairs_are_trls_and_ours(tmp_path):
         path = tmp_path / f"{chat}.jsonl"
         count = export(completions, rankings, "pairs", path)
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        assert (
-            count == len(rows) == 20 * 7 + 20 * 5
-        )  # ann has five pairs; bob adds (1, 0) and (1, 2)
+        assert count == len(rows) == 20 * 7 + 20 * 5  # ann has five pairs; bob adds (1, 0) and (1, 2)
         assert all(is_conversational(row) == chat for row in rows)
         again = {
             g.prompt.id: {(g.completions[p.preferred].text, g.completions[p.other].text): p[2:] for p in g.pairs} for g in read_pairs(path)

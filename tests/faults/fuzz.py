@@ -155,7 +155,9 @@ def targets(home: Path) -> list[Target]:
 
     from accord.config import Recipe, RLSettings, build, load_yaml, recipe_text
     from accord.data import sources
+    from accord.data.pairs import group_pairs
     from accord.evaluation.report import write_report
+    from accord.feedback.agreement import agreement, labeler_weights
     from accord.reward.model import RewardModel
     from accord.rollout.policy import Policy
     from accord.runs import Run
@@ -179,6 +181,16 @@ def targets(home: Path) -> list[Target]:
     ]
     turns = [{"id": "a", "prompt": "x", "completion": "12", "score": 1.0, "turns": [{"tokens": [1], "reward": 1.0, "reply": [2]}]}]
     ranks = [{"prompt_id": "a", "labeler": "l", "ranks": [1, 2, "F"], "criterion": "c"}]
+    answers = [{"text": "x", "finished": True}, {"text": "y"}, {"text": "z"}]
+    tied = {"preferred": 1, "other": 2, "weight": 2.0, "distance": 1.0}
+    groups = [{"id": "a", "prompt": "Hello", "completions": answers, "pairs": [{"preferred": 0, "other": 1}], "ties": [tied]}]
+    completions = sources.read_completions(lines("c3.jsonl", done))
+
+    def used(rankings: list) -> None:
+        agreement(rankings, draws=20)
+        labeler_weights(rankings)
+        group_pairs(completions, rankings)
+
     pq.write_table(pa.Table.from_pylist([{"id": "a", "prompt": "Hello"}]), home / "p.parquet")
     rl = yaml.safe_dump({"top_layers": 2, "kl_coef": 0.1, "algorithm": "ppo", "kl_target": 6.0, "dtype": "float32"})
     out = [
@@ -190,6 +202,9 @@ def targets(home: Path) -> list[Target]:
         Target("completions", path := lines("c.jsonl", done), lambda p=path: sources.read_completions(p)),
         Target("scored completions", path := lines("s.jsonl", [*done, *turns]), lambda p=path: sources.read_logged(p)),
         Target("rankings", path := lines("r.jsonl", ranks), lambda p=path: sources.read_rankings(p)),
+        Target("rankings, compared", path := lines("r3.jsonl", [{**ranks[0], "labeler": name} for name in "lmn"]), lambda p=path: used(sources.read_rankings(p))),
+        Target("groups", path := lines("g.jsonl", groups), lambda p=path: sources.read_pairs(p)),
+        Target("labelers' weights", path := file("w.json", '{"l": 1.0, "m": 0.5}'), lambda p=path: sources.read_weights(p)),
         Target("recipe", path := file("recipe.yaml", recipe_text("demo")), lambda p=path: build(Recipe, load_yaml(recipe_text(str(p)), str(p)), str(p))),
         Target("settings", path := file("rl.yaml", rl), lambda p=path: build(RLSettings, load_yaml(recipe_text(str(p)), str(p)), str(p))),
     ]  # fmt: skip
