@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accord.checkpoints import until_done
+from accord.checkpoints import drop_folder, until_done
 from accord.config import RLSettings, SampleSettings, build
 from accord.data.pairs import group_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
@@ -173,6 +173,8 @@ def refuse_reward(out: Path) -> Path:
     """
     out = out.expanduser().resolve()
     if out.exists():
+        if out.name:
+            drop_folder(beside(out), only_left=True)
         if out.name and beside(out).is_dir():
             with suppress(UserError), until_done(beside(out)):  # not while another process is at it, nor what is not ours
                 pass

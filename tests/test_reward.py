@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -427,6 +428,11 @@ def test_checkpoints_that_are_half_deleted_are_no_obstacle(tiny, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".dropping-r.training", "other", "r"]
+    shutil.copytree(tmp_path / ".dropping-r.training", tmp_path / "kept")
+    with pytest.raises(UserError, match="already exists"):
+        train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
+    assert not (tmp_path / ".dropping-r.training").exists()
+    (tmp_path / "kept").rename(tmp_path / ".dropping-r.training")
     (tmp_path / "r").rename(tmp_path / "third")
     train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "r")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "r", "third"]
