@@ -87,6 +87,8 @@ class Checkpoints:
                 manifest = json.loads((path / MANIFEST).read_bytes())
                 if not {"format", "accord", "step", "score", "about"} <= manifest.keys():
                     raise ValueError("fields are missing")
+                if manifest["score"] is not None and type(manifest["score"]) not in (int, float):
+                    raise ValueError("the score is no number")
                 found.append((int(manifest["step"]), path, manifest))
             except (OSError, ValueError, TypeError, AttributeError, RecursionError):
                 console.print(f"[yellow]{path}: its manifest is damaged; it is left out.[/]", soft_wrap=True)
@@ -121,7 +123,7 @@ class Checkpoints:
             patiently(self.root, lambda path=path: drop_folder(path))  # type: ignore[misc]
 
     def _drop_old(self) -> None:
-        found = self.all()
+        found = [c for c in self.all() if _signed(c[1])]  # what a damaged manifest says decides nothing
         keep = {path for _, path, _ in found[-self.keep :]}
         scored = [c for c in found if c[2]["score"] is not None]
         if scored:

@@ -124,6 +124,8 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
     """Validate, and say what is wrong in one sentence: the setting, its value, the remedy."""
     try:
         return kind.model_validate(dict(values))
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character; repair the text.") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -11,6 +11,8 @@ import pytest
 from conftest import save_model
 
 from accord.cli import main
+from accord.config import RLSettings, build
+from accord.errors import UserError
 
 RL = [
     "--top-layers", "2", "--prompts-per-step", "4", "--completions-per-prompt", "2", "--max-new-tokens", "6",
@@ -354,3 +356,8 @@ def test_kill_9_loses_at_most_a_step(home):
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [-1, 0, 1, 2, 3, 4, 5]
+
+
+def test_half_a_surrogate_pair_in_settings_is_a_sentence():
+    with pytest.raises(UserError, match=r"rl\.yaml holds half of a surrogate pair"):
+        build(RLSettings, {"algorithm": "\ud800"}, "rl.yaml")

@@ -76,6 +76,19 @@ def test_a_checkpoint_of_the_format_before_is_read(run):
         run.saved.newest()
 
 
+@pytest.mark.parametrize("score", ["0.5", [1], {"a": 1}, True, 1e308])
+def test_a_manifest_that_was_changed_decides_nothing(run, score):
+    """Neither which checkpoints are kept, nor anything else, with or without checksums beside it."""
+    for step in (1, 2):
+        save(run, step, score=0.5)
+    path = run.folder / "checkpoints" / "step-1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "score": score, "step": 9}))
+    save(run, 3, score=0.9)
+    assert run.latest().step == 3
+    (path.parent / "SHA256SUMS").unlink()
+    assert run.latest().step == 3
+
+
 def test_a_checkpoint_without_manifest_is_no_checkpoint(run):
     save(run, 1)
     save(run, 2)

@@ -1,6 +1,7 @@
 """The transformer against transformers, on the same weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -149,3 +150,11 @@ def test_no_chat_template(tmp_path):
     assert policy.tokenizer.encode_prompt("abc") == list(byte_tokenizer()("abc")["input_ids"])
     with pytest.raises(UserError, match="no chat template"):
         policy.tokenizer.encode_prompt([{"role": "user", "content": "x"}])
+
+
+def test_a_tokenizer_class_that_is_none_is_a_sentence(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaForCausalLM"}))
+    with pytest.raises(UserError, match="LlamaForCausalLM, which is no tokenizer"):
+        Tokenizer.load(tmp_path / "m")

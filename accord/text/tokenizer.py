@@ -35,10 +35,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            if not isinstance(inner, PreTrainedTokenizerBase):  # tokenizer_class may name anything that transformers has
+                raise TypeError(f"tokenizer_config.json names the class {type(inner).__name__}, which is no tokenizer")
         except Exception as error:  # tokenizer classes raise anything from KeyError to a bare Exception
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"No usable tokenizer in {folder} ({reason}); tokenizer.json belongs beside the weights.") from None
