@@ -75,7 +75,7 @@ def sample(
                 progress.advance(done, f"{tokens / (time.perf_counter() - clock):.0f} tokens/s")
 
         for start in range(0, len(prompts), CHUNK):
-            safe_point("Completions so far are written.")
+            safe_point(f"Completions are written {CHUNK} prompts at a time; those that were are kept.")
             chunk = engine.sample(prompts[start : start + CHUNK], s.per_prompt, s.sampling(), on_progress=advance, guide=guide)
             out.extend(chunk.completions())
             if on_chunk is not None:
@@ -156,7 +156,7 @@ def save_reward(
         if out.exists() and not again:  # another process has been faster
             raise UserError(f"{out} already exists; choose another --out or delete it.")
         model, report = train_reward_model(policy, train, heldout, settings, checkpoints, allow_changes)
-        model.save(out)
+        model.save(out, report.to_json())
     return model, report
 
 

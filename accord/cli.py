@@ -340,7 +340,16 @@ def do_reward(arguments: argparse.Namespace) -> None:
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
         soft_wrap=True,
     )
-    console.print(f"Reward model in {arguments.out}   (use: accord rl --reward {arguments.out} ...)", soft_wrap=True)
+    length = f"longer completions are preferred with a slope of {report.length_slope:.2f} (log-odds per log of the lengths' ratio)"
+    if report.follows_length is not None:
+        length += f", and the longer one scores higher in {report.follows_length} of held-out pairs"
+    console.print(f"Length: {length}.", soft_wrap=True)
+    if report.ties is not None:
+        console.print(f"Ties: {report.ties['predicted']:.1%} of held-out comparisons expected, {report.ties['share']:.1%} there; threshold {report.ties['threshold']:.3g}.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Reward model in {arguments.out}, its numbers in {arguments.out / 'report.json'}   (use: accord rl --reward {arguments.out} ...)",
+        soft_wrap=True,
+    )
 
 
 def do_agreement(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ def write_whole(path: Path, text: str) -> None:
     """
 
     def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".part")
         try:
             with aside.open("w", encoding="utf-8") as handle:
@@ -52,7 +53,6 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """:func:`write_whole` of rows as JSON, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(map(as_line, rows)))
 
 

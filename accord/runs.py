@@ -127,7 +127,7 @@ class Run:
         told = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in names)
         fixed = [n for n in names if not FREE & set(n.split("."))]
         if fixed and not self.allow_changes:
-            those = ", ".join(f"{n} (it was {_short(before.get(n))}, it is {_short(now.get(n))})" for n in fixed)
+            those = ", ".join(_told(n, before, now) for n in fixed)
             raise UserError(
                 f"{self.folder} was started with something else {where}: {those}. What it has learned so far is not what these say. "
                 f"Put them back, start a new run, or accept it: accord resume {self.folder} --allow-changes (from Python: allow_changes=True)"
@@ -214,6 +214,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         out |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
     return out
+
+
+def _told(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if name not in now:
+        return f"{name} is missing (it was {_short(before[name])})"
+    return (
+        f"{name} is new ({_short(now[name])})"
+        if name not in before
+        else f"{name} (it was {_short(before[name])}, it is {_short(now[name])})"
+    )
 
 
 def _short(value: Any) -> str:

@@ -91,7 +91,7 @@ def test_pairs_of_one_prompt_are_grouped(tmp_path):
     [
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
         ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
-        ({"prompt": "q", "chosen": "a", "rejectd": "b"}, "Did you mean 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejectd": "b"}, "Did you mean 'rejected' by 'rejectd'"),
         ({"prompt": "q", "chosen": "", "rejected": "b"}, "field 'chosen' must be a non-empty text"),
     ],
 )
@@ -140,8 +140,23 @@ def test_labelers_count_for_what_they_are_worth():
 def test_rankings_must_fit_their_completions():
     with pytest.raises(UserError, match="ranked 3 completions of 'p'; it has 2"):
         group_pairs(completions(["x", "y"]), [Ranking("p", "a", (1, 2, 3))])
+    with pytest.raises(UserError, match="'a' ranked the prompt 'p' twice"):
+        group_pairs(completions(["x", "y"]), [Ranking("p", "a", (1, 2)), Ranking("p", "a", (2, 1))])
     with pytest.raises(UserError, match="names the prompt 'z'"):
         group_pairs(completions(["x", "y"]), [Ranking("z", "a", (1, 2))])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt_id": "p", "ranks": []}, "a list of whole numbers from 1"),
+        ({"prompt_id": "p", "ranks": [True, 2]}, "a list of whole numbers from 1"),
+        ({"prompt_id": "p", "rank": [1, 2]}, "Did you mean 'ranks' by 'rank'"),
+    ],
+)
+def test_bad_rankings(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        read_rankings(write(tmp_path, row))
 
 
 def test_rankings_and_completions_round_trip(tmp_path):

@@ -298,7 +298,7 @@ def test_a_stop_keeps_the_training(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training._Fit, "step", stops)
         try:
-            with pytest.raises(Interrupted, match="the same command again"):
+            with pytest.raises(Interrupted, match="training is kept"):
                 train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
         finally:
             progress._Stop.requested = False

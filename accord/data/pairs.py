@@ -80,7 +80,7 @@ def group_pairs(
         labeler_weights: what a labeler's rankings count for; 1 for those not named.
 
     Raises:
-        UserError: a ranking is of other completions, or a weight is of nobody who ranked.
+        UserError: a ranking is of other completions, a labeler ranked a prompt twice, or a weight is of nobody who ranked.
     """
     unknown = sorted({*(labeler_weights or {})} - {ranking.labeler for ranking in rankings})
     if unknown:
@@ -89,6 +89,8 @@ def group_pairs(
         )
     by_prompt: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in rankings:
+        if any(other.labeler == ranking.labeler for other in by_prompt[ranking.prompt_id]):
+            raise UserError(f"Labeler '{ranking.labeler}' ranked the prompt '{ranking.prompt_id}' twice; keep one of the two.")
         by_prompt[ranking.prompt_id].append(ranking)
     groups = []
     for given in by_prompt.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def _json(text: str, place: str) -> Any:
 
 def _object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f'{place} must be an object like {{"prompt": "..."}}; it is a {type(row).__name__}.')
+        raise UserError(
+            f'{place} must be an object like {{"name": "value"}}; it is a {type(row).__name__}. (A list of objects goes into a .json file.)'
+        )
     return row
 
 
@@ -144,7 +146,7 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     for number, (place, row) in enumerate(read_rows(source), 1):
         field = next((f for f in PROMPT_FIELDS if row.get(f) is not None), None)
         if field is None:
-            hint = next((h for key in row if (h := did_you_mean(str(key), PROMPT_FIELDS))), "")
+            hint = _mistyped(row, PROMPT_FIELDS)
             raise UserError(f"{place} has no field 'prompt'; it has {sorted(map(str, row))}.{hint}")
         content = check_content(row[field], place, field)
         prompt_id = str(row.get("id") or f"row-{number:05d}")
@@ -172,7 +174,7 @@ def read_pairs(source: str | Path) -> list[PairGroup]:
             continue
         for name in ("prompt", "chosen", "rejected"):
             if row.get(name) is None:
-                hint = next((h for key in row if (h := did_you_mean(str(key), [name]))), "")
+                hint = _mistyped(row, [name])
                 raise UserError(f"{place} has no field '{name}'; a pair needs prompt, chosen and rejected.{hint}")
         content = check_content(row["prompt"], place, "prompt")
         sides = [_completion_text(row[name], place, name) for name in ("chosen", "rejected")]
@@ -285,6 +287,12 @@ def read_logged(source: str | Path) -> list[Logged]:
     return logged
 
 
+def _mistyped(row: Mapping[str, Any], names: Iterable[str]) -> str:
+    """A field of the row whose name is nearly one of these."""
+    key = next((str(key) for key in row if key not in names and did_you_mean(str(key), names)), None)
+    return f" Did you mean{did_you_mean(key, names).removeprefix(' Did you mean').removesuffix('?')} by '{key}'?" if key is not None else ""
+
+
 def _number(value: Any) -> bool:
     """A finite number, also in fp32."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e38
@@ -323,9 +331,10 @@ def read_rankings(source: str | Path) -> list[Ranking]:
     rankings = []
     for place, row in read_rows(source):
         ranks = row.get("ranks")
-        good = isinstance(ranks, list) and all(r == "F" or (isinstance(r, int) and r >= 1) for r in ranks)
+        good = isinstance(ranks, list) and ranks and all(r == "F" or (type(r) is int and r >= 1) for r in ranks)
         if not good or not row.get("prompt_id"):
-            raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 and \"F\".")
+            hint = _mistyped(row, [name for name in ("prompt_id", "ranks") if not row.get(name)])
+            raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 and \"F\".{hint}")
         rankings.append(
             Ranking(
                 str(row["prompt_id"]),

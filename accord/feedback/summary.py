@@ -57,4 +57,9 @@ def print_agreement(found: Agreement) -> None:
     )
     disputed = [(prompt, share) for prompt, share in found.disputed if share < 0.5][:SHOWN]
     if disputed:
-        console.print("Most disputed: " + ", ".join(f"{prompt} ({share:.0%})" for prompt, share in disputed), soft_wrap=True, markup=False)
+        console.print(
+            "Most disputed, with the share of comparisons that agree: "
+            + ", ".join(f"{prompt} ({share:.0%})" for prompt, share in disputed),
+            soft_wrap=True,
+            markup=False,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ class RewardModel:
         pairs = zip(prompts, completions, strict=True)
         return [Completion(Prompt(f"row-{i}", p), text, True) for i, (p, text) in enumerate(pairs)]
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that ``transformers`` opens as a sequence classifier with one label."""
+    def save(self, folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that ``transformers`` opens as a sequence classifier with one label; ``report`` is its ``report.json``."""
         tokenizer = _padded_apart(self.tokenizer)
         state = {n: t for n, t in merged_state(self.network).items() if not n.startswith("lm_head")}
         state["score.weight"] = self.scalar.head.weight.detach().cpu()
@@ -171,6 +171,8 @@ class RewardModel:
             )
             tokenizer.save(aside)
             (aside / "accord.json").write_text(json.dumps(about, indent=2) + "\n")
+            if report is not None:
+                (aside / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
     @classmethod
     def load(cls, name: str | Path, policy: Policy | None = None) -> RewardModel:

@@ -30,7 +30,7 @@ from accord.rollout.scoring import trunk_of
 
 SAVE_EVERY = 60.0
 """Seconds between two checkpoints. When they are written changes nothing of what is computed."""
-KEPT = "The reward model's training is kept: give the same command again, or go on with the run by accord resume."
+KEPT = "The reward model's training is kept."
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def train_reward_model(
     }
     if checkpoints:
         fit.restore(checkpoints, about, allow_changes)
-    told = KEPT if checkpoints else "Nothing is kept of the reward model."
+    told = KEPT if fit.losses else "Nothing of the reward model has been trained yet."
     reward, kept, saved = fit.reward, len(fit.losses), time.monotonic()
     sets = [_Encoded.of(reward, groups, label, fit.budget, told) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
     slope = length_slope(train, sets[0].lengths)
@@ -115,7 +115,7 @@ def train_reward_model(
             if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
                 checkpoints.save(step, fit.tensors(), {**about, **fit.about()}, None)
                 kept, saved = step, time.monotonic()
-            safe_point(told)
+            safe_point(KEPT if checkpoints and step else "Nothing is kept of the reward model.")
             order = np.random.default_rng([settings.seed, step // each]).permutation(len(train))
             fit.step(sets[0], np.array_split(order, each)[step % each].tolist(), _schedule(step, steps))
             progress.advance(1, f"loss {np.mean(fit.losses[-20:]):.3f}")

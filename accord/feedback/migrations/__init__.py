@@ -1,0 +1,1 @@
+"""How a label store of an older accord becomes one of this: Alembic runs them when a store is opened."""

@@ -1,0 +1,1 @@
+"""A file a change of the tables, in order."""

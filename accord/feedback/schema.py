@@ -1,0 +1,69 @@
+"""The label store's tables. They change by a migration (``accord/feedback/migrations``) only."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+metadata = MetaData()
+
+people = Table(
+    "people", metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("role", String(20), nullable=False),  # owner, reviewer, labeler
+    Column("password", String(300)),  # argon2; none: nobody can log in by one
+    Column("active", Boolean, nullable=False, default=True),
+    Column("created", Float, nullable=False),  # every time is in seconds since 1970
+)  # fmt: skip
+
+criteria = Table(
+    "criteria", metadata,
+    Column("version", String(80), primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("created", Float, nullable=False),
+)  # fmt: skip
+
+items = Table(
+    "items", metadata,
+    Column("id", Integer, primary_key=True),
+    Column("prompt_id", String(500), nullable=False, unique=True),
+    Column("theme", String(200), nullable=False),
+    Column("content", JSON, nullable=False),  # text or messages
+    Column("completions", JSON, nullable=False),  # [{"text", "finished"}], by index
+    Column("kind", String(20), nullable=False),  # real, gold, calibration
+    Column("gold", JSON),  # ranks that are known to be right
+    Column("priority", Float, nullable=False),
+    Column("created", Float, nullable=False),
+    Index("by_kind", "kind", "priority"),
+)  # fmt: skip
+
+assignments = Table(
+    "assignments", metadata,
+    Column("id", Integer, primary_key=True),
+    Column("item", ForeignKey("items.id"), nullable=False),
+    Column("person", ForeignKey("people.id"), nullable=False),
+    Column("round", Integer, nullable=False),  # 0; 1 where it is shown again to the same person
+    Column("state", String(20), nullable=False),  # open, done, skipped
+    Column("lease", Float, nullable=False),  # until when it is theirs while it is open
+    Column("opened", Float, nullable=False),
+    Column("closed", Float),
+    Column("draft", JSON),
+    Column("label", JSON),  # as submitted last: ranks, ratings, flags, note, reason
+    Column("seconds", Float),  # on it, as the page counted
+    Column("criterion", ForeignKey("criteria.version")),
+    UniqueConstraint("item", "person", "round"),
+    Index("by_item", "item", "state"),
+    Index("by_person", "person", "state", "closed"),
+)  # fmt: skip
+
+events = Table(
+    "events", metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("person", ForeignKey("people.id")),
+    Column("kind", String(40), nullable=False),
+    Column("assignment", ForeignKey("assignments.id")),
+    Column("key", String(100), unique=True),  # the request's own name: the same one again changes nothing
+    Column("before", JSON),
+    Column("after", JSON),
+)  # fmt: skip

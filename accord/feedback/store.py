@@ -1,0 +1,541 @@
+"""What labelers were asked and what they said: SQLite (in WAL) by default, PostgreSQL by its URL.
+
+Labels are never overwritten without a trace: every change is an event with what stood before and after. A submit names
+itself by a key, and the same key again changes nothing, so that a request may be repeated until it is answered.
+
+The queue: an item goes to ``overlap`` labelers. While one has it open it is leased to them; a lease that ends gives it to
+another, and what the first one submits after all is kept too. Items whose answer is known (gold) and items that a labeler
+has seen before are mixed in; a new labeler starts with the calibration items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, Engine, and_, create_engine, event, exists, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from accord.data.records import Completion, Content, Prompt, Ranking
+from accord.errors import UserError, did_you_mean, first_line
+from accord.feedback.schema import assignments, criteria, events, items, people
+
+ROLES = ("owner", "reviewer", "labeler")
+Kind = Literal["real", "gold", "calibration"]
+FLAGS = ("toxic", "false", "refuses needlessly", "leaks", "other")
+QUEUE = 4_217  # PostgreSQL's advisory lock for giving out items
+MOST = 9  # completions of a prompt: a digit each
+
+
+class QueueSettings(BaseModel):
+    """How items are given out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    overlap: int = Field(1, ge=1, description="Labelers who rank each prompt")
+    lease: float = Field(1800.0, gt=0, description="Seconds that an opened item is kept for its labeler")
+    gold_share: float = Field(0.05, ge=0, le=0.5, description="Share of items with a known answer that are mixed in")
+    repeat_share: float = Field(0.05, ge=0, le=0.5, description="Share of items that a labeler sees a second time")
+    repeat_after: int = Field(10, ge=1, description="Items between an item and its repetition, at least")
+    seed: int = Field(0, ge=0, description="Order of items of one priority, and of completions")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One labeler's answer. ``ranks[k]`` is of completion k as it was imported, None for ``F``; ``reason``: of a skip, which has no ranks."""
+
+    ranks: tuple[int | None, ...] = ()
+    ratings: tuple[int | None, ...] = ()  # 1 to 7 a completion
+    flags: tuple[tuple[str, ...], ...] = ()  # of FLAGS, a completion
+    note: str = ""
+    reason: str = ""
+
+    def check(self, count: int) -> None:
+        """Raises:
+        UserError: it does not fit ``count`` completions, or has a value that is none.
+        """
+        if self.reason:
+            if self.ranks:
+                raise UserError("A skipped item has no ranks; give a reason or ranks.")
+            return
+        if len(self.ranks) != count:
+            raise UserError(f"{len(self.ranks)} ranks were given for {count} completions; rank each, or mark it F.")
+        if any(r is not None and (type(r) is not int or not 1 <= r <= count) for r in self.ranks):
+            raise UserError(f"Ranks go from 1 to {count}, equal ones are ties, and F is for nonsense.")
+        for what, values in (("ratings", self.ratings), ("flags", self.flags)):
+            if values and len(values) != count:
+                raise UserError(f"{len(values)} {what} were given for {count} completions.")
+        if any(r is not None and (type(r) is not int or not 1 <= r <= 7) for r in self.ratings):
+            raise UserError("Ratings go from 1 to 7.")
+        unknown = next((f for some in self.flags for f in some if f not in FLAGS), None)
+        if unknown is not None:
+            raise UserError(f"There is no flag '{unknown}'; there are {', '.join(FLAGS)}.{did_you_mean(unknown, FLAGS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ranks": list(self.ranks),
+            "ratings": list(self.ratings),
+            "flags": [list(f) for f in self.flags],
+            "note": self.note,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Label:
+        return cls(tuple(row["ranks"]), tuple(row["ratings"]), tuple(tuple(f) for f in row["flags"]), row["note"], row["reason"])
+
+
+@dataclass(frozen=True)
+class Person:
+    id: int
+    name: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An item as one labeler sees it.
+
+    Attributes:
+        order: ``order[place]`` is the index of the completion shown there: shuffled by labeler, item and round, and always the same.
+        gold: known ranks. For the owner's statistics, and for feedback on calibration items; never shown before the answer.
+    """
+
+    id: int
+    prompt: Prompt
+    completions: tuple[str, ...]
+    order: tuple[int, ...]
+    kind: Kind
+    state: str
+    draft: Mapping[str, Any] | None = None
+    label: Label | None = None
+    gold: tuple[int | None, ...] | None = field(default=None, repr=False)
+
+
+class Store:
+    """Open with :meth:`open`. Every method is one transaction."""
+
+    def __init__(self, engine: Engine, settings: QueueSettings, clock: Callable[[], float] = time.time) -> None:
+        self._engine, self.settings, self._clock = engine, settings, clock
+
+    @classmethod
+    def open(cls, url: str | Path, settings: QueueSettings | None = None, clock: Callable[[], float] = time.time) -> Store:
+        """A store at a database URL, or in an SQLite file; made or migrated if need be.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        text = str(url)
+        if "://" not in text:
+            text = f"sqlite:///{Path(text).expanduser().absolute()}"
+        text = text.replace("postgresql://", "postgresql+psycopg://", 1)
+        try:
+            engine = create_engine(text, pool_pre_ping=True)
+            if engine.dialect.name == "sqlite":
+                event.listen(engine, "connect", _sqlite_connection)
+                event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            store = cls(engine, settings or QueueSettings.model_validate({}), clock)
+            with store._engine.begin() as connection:
+                _migrate(connection)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise UserError(f"The label store {url} cannot be opened: {first_line(error)}") from None
+        return store
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+    # People and what they are told.
+
+    def add_person(self, name: str, role: str, password: str | None = None) -> Person:
+        """A new person. ``password`` is hashed (argon2id) before it is kept.
+
+        Raises:
+            UserError: the name is taken or empty, or there is no such role.
+        """
+        if role not in ROLES:
+            raise UserError(f"There is no role '{role}'; there are {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
+        if not name.strip() or len(name) > 200:
+            raise UserError("A person needs a name of 1 to 200 characters.")
+        row = {
+            "name": name.strip(),
+            "role": role,
+            "password": password and _hasher().hash(password),
+            "active": True,
+            "created": self._clock(),
+        }
+        try:
+            with self._begin() as connection:
+                number = connection.execute(insert(people).values(**row)).inserted_primary_key[0]  # type: ignore[index]
+                self._note(connection, "person added", number, after={"name": row["name"], "role": role})
+        except IntegrityError:
+            raise UserError(f"There is a person called '{name.strip()}' already.") from None
+        return Person(number, name.strip(), role)
+
+    def person(self, name: str) -> Person | None:
+        """An active person by name."""
+        with self._begin() as connection:
+            row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
+        return Person(row.id, row.name, row.role) if row is not None else None
+
+    def check_password(self, name: str, password: str) -> Person | None:
+        """Who this is, or None. It takes as long for a name that there is not."""
+        from argon2.exceptions import InvalidHashError, VerificationError
+
+        with self._begin() as connection:
+            row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
+        try:
+            _hasher().verify(row.password if row is not None and row.password else _NOBODY(), password)
+        except (VerificationError, InvalidHashError):
+            return None
+        return Person(row.id, row.name, row.role) if row is not None and row.password else None
+
+    def set_criterion(self, text: str) -> str:
+        """The text that labelers are shown from now on; its version follows from the text. Labels keep the version they were given by."""
+        version = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        with self._begin() as connection:
+            row = {"version": version, "text": text, "created": self._clock()}
+            if connection.execute(select(criteria.c.version).where(criteria.c.version == version)).first():
+                connection.execute(update(criteria).where(criteria.c.version == version).values(created=row["created"]))
+            else:
+                connection.execute(insert(criteria).values(**row))
+            self._note(connection, "criterion set", None, after={"version": version})
+        return version
+
+    def criterion(self) -> tuple[str, str] | None:
+        """(version, text) of the one that is in force."""
+        with self._begin() as connection:
+            row = connection.execute(select(criteria).order_by(criteria.c.created.desc(), criteria.c.version)).first()
+        return row and (row.version, row.text)
+
+    # Items.
+
+    def add_items(
+        self,
+        completions: Mapping[str, Sequence[Completion]],
+        kind: Kind = "real",
+        gold: Mapping[str, Sequence[int | None]] | None = None,
+        priority: Mapping[str, float] | None = None,
+    ) -> int:
+        """Import prompts with their completions; returns how many are new. What is there already stays as it is.
+
+        Args:
+            gold: known ranks by prompt id; gold and calibration items need them.
+            priority: by prompt id; the highest is asked first. 0 where it is not given.
+
+        Raises:
+            UserError: a prompt has no two completions or more than nine, is there with other texts, or lacks its known ranks.
+        """
+        added = 0
+        with self._begin() as connection:
+            for key, group in completions.items():
+                if not 2 <= len(group) <= MOST:
+                    raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
+                texts = [{"text": c.text, "finished": c.finished} for c in group]
+                known = (gold or {}).get(key)
+                if (kind != "real") != (known is not None):
+                    raise UserError(f"Prompt '{key}': known ranks are what {kind} items " + ("lack." if kind == "real" else "need."))
+                if known is not None:
+                    Label(ranks=tuple(known)).check(len(group))
+                before = connection.execute(select(items).where(items.c.prompt_id == key)).one_or_none()
+                content = group[0].prompt.content
+                if before is not None:
+                    if (before.content, before.completions, before.kind, before.gold) != (content, texts, kind, known and list(known)):
+                        raise UserError(
+                            f"Prompt '{key}' is in the store with another text, other completions or other known ranks; give it another id."
+                        )
+                    continue
+                row = {
+                    "prompt_id": key, "theme": group[0].prompt.theme, "content": content, "completions": texts, "kind": kind,
+                    "gold": known and list(known), "priority": (priority or {}).get(key, 0.0), "created": self._clock(),
+                }  # fmt: skip
+                connection.execute(insert(items).values(**row))
+                added += 1
+            self._note(connection, "items added", None, after={"kind": kind, "new": added})
+        return added
+
+    # The queue.
+
+    def next(self, person: Person) -> Assignment | None:
+        """What this labeler does next: what they have open, or something new, leased to them; None if there is nothing left."""
+        now = self._clock()
+        with self._begin() as connection:
+            if (
+                connection.dialect.name == "postgresql"
+            ):  # one after the other, as SQLite's writers are: two must not take one item's last place
+                connection.execute(select(func.pg_advisory_xact_lock(QUEUE)))
+            own = select(assignments).where(assignments.c.person == person.id, assignments.c.state == "open")
+            row = connection.execute(own.order_by(assignments.c.id).limit(1)).one_or_none()
+            if row is None:
+                found = self._choose(connection, person, now)
+                if found is None:
+                    return None
+                item, number = found
+                values = {
+                    "item": item,
+                    "person": person.id,
+                    "round": number,
+                    "state": "open",
+                    "lease": now + self.settings.lease,
+                    "opened": now,
+                }
+                key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
+                self._note(connection, "opened", person.id, key)
+            else:
+                key = row.id
+                connection.execute(update(assignments).where(assignments.c.id == key).values(lease=now + self.settings.lease))
+            return self._assignment(connection, key)
+
+    def _choose(self, connection: Connection, person: Person, now: float) -> tuple[int, int] | None:
+        """(item, round) of the next one: calibration first, then now and then gold or a repetition, else what is asked for most."""
+        calibration = self._unseen(connection, person, "calibration", now)
+        if calibration is not None:
+            return calibration, 0
+        mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state != "open")
+        done = int(connection.execute(mine).scalar_one())
+        luck = np.random.default_rng([self.settings.seed, person.id, done]).random()
+        if luck < self.settings.gold_share:
+            gold = self._unseen(connection, person, "gold", now)
+            if gold is not None:
+                return gold, 0
+        elif luck < self.settings.gold_share + self.settings.repeat_share:
+            again = self._repeat(connection, person)
+            if again is not None:
+                return again, 1
+        real = self._unseen(connection, person, "real", now)
+        return None if real is None else (real, 0)
+
+    def _unseen(self, connection: Connection, person: Person, kind: Kind, now: float) -> int | None:
+        """An item that this person has not had; of real ones, one that has not been given out often enough."""
+        a = assignments.alias()
+        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id)
+        wanted = select(items.c.id, items.c.prompt_id).where(items.c.kind == kind, ~seen)
+        if kind == "real":
+            held = or_(a.c.state == "done", and_(a.c.state == "open", a.c.lease > now))
+            given = (
+                select(func.count()).select_from(a).where(a.c.item == items.c.id, a.c.round == 0, held).correlate(items).scalar_subquery()
+            )
+            top = select(func.max(items.c.priority)).where(items.c.kind == kind, ~seen, given < self.settings.overlap).scalar_subquery()
+            wanted = wanted.where(given < self.settings.overlap, items.c.priority == top)
+        rows = connection.execute(wanted).all()
+        return min(rows, key=lambda row: self._place(person, row.prompt_id)).id if rows else None
+
+    def _repeat(self, connection: Connection, person: Person) -> int | None:
+        """A real item that this person ranked some while ago, and has not seen twice."""
+        again = assignments.alias()
+        twice = exists().where(again.c.item == assignments.c.item, again.c.person == person.id, again.c.round == 1)
+        query = select(assignments.c.item).join(items, items.c.id == assignments.c.item)
+        query = query.where(
+            assignments.c.person == person.id, assignments.c.state == "done", assignments.c.round == 0, items.c.kind == "real", ~twice
+        )
+        rows = connection.execute(query.order_by(assignments.c.closed.desc())).all()
+        return rows[-1].item if len(rows) > self.settings.repeat_after else None
+
+    def _place(self, person: Person, prompt_id: str, number: int = 0) -> bytes:
+        """Where an item stands in this person's own order."""
+        return hashlib.sha256(f"{self.settings.seed}/{person.id}/{number}/{prompt_id}".encode()).digest()
+
+    def _assignment(self, connection: Connection, key: int) -> Assignment:
+        row = connection.execute(
+            select(assignments, items).join(items, items.c.id == assignments.c.item).where(assignments.c.id == key)
+        ).one()
+        person = Person(row.person, "", "")
+        luck = np.random.default_rng(int.from_bytes(self._place(person, row.prompt_id, row.round)[:8], "big"))
+        return Assignment(
+            key,
+            Prompt(row.prompt_id, row.content, row.theme),
+            tuple(c["text"] for c in row.completions),
+            tuple(int(k) for k in luck.permutation(len(row.completions))),
+            row.kind,
+            row.state,
+            row.draft,
+            row.label and Label.of(row.label),
+            None if row.gold is None else tuple(row.gold),
+        )
+
+    def assignment(self, person: Person, key: int) -> Assignment:
+        """One of this person's own, to look at or to change.
+
+        Raises:
+            UserError: it is not theirs, or there is none.
+        """
+        with self._begin() as connection:
+            self._own(connection, person, key)
+            return self._assignment(connection, key)
+
+    def _own(self, connection: Connection, person: Person, key: int) -> Any:
+        row = connection.execute(select(assignments).where(assignments.c.id == key, assignments.c.person == person.id)).one_or_none()
+        if row is None:
+            raise UserError(f"There is no item {key} that was given to '{person.name}'.")
+        return row
+
+    def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> None:
+        """Keep what is not submitted yet, and the lease."""
+        with self._begin() as connection:
+            self._own(connection, person, key)
+            values = {"draft": dict(draft), "lease": self._clock() + self.settings.lease}
+            connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
+
+    def submit(self, person: Person, key: int, label: Label, request: str, seconds: float | None = None) -> bool:
+        """Record an answer, or another one in its place; the event log has both.
+
+        Args:
+            request: the request's own name. With one that was taken before nothing changes.
+            seconds: time on the item.
+
+        Returns:
+            False if this request was taken before.
+
+        Raises:
+            UserError: the item is not theirs, or the label does not fit it.
+        """
+        now = self._clock()
+        try:
+            with self._begin() as connection:
+                row = self._own(connection, person, key)
+                if connection.execute(select(events.c.id).where(events.c.key == request)).first():
+                    return False
+                count = len(connection.execute(select(items.c.completions).where(items.c.id == row.item)).scalar_one())
+                label.check(count)
+                version = connection.execute(select(criteria.c.version).order_by(criteria.c.created.desc(), criteria.c.version)).scalar()
+                state = "skipped" if label.reason else "done"
+                kind = "changed" if row.label else "skipped" if label.reason else "submitted"
+                self._note(connection, kind, person.id, key, request, row.label, label.to_json())
+                values = {
+                    "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
+                    "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or version,
+                }  # fmt: skip
+                connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
+        except IntegrityError:  # the same request came twice at once, and the other one was first
+            return False
+        return True
+
+    # What came of it.
+
+    def history(self, person: Person, limit: int = 50) -> list[Assignment]:
+        """This person's own answers, the last first."""
+        with self._begin() as connection:
+            query = select(assignments.c.id).where(assignments.c.person == person.id, assignments.c.state != "open")
+            keys = connection.execute(query.order_by(assignments.c.closed.desc(), assignments.c.id.desc()).limit(limit)).scalars().all()
+            return [self._assignment(connection, key) for key in keys]
+
+    def rankings(self, kind: Kind | None = "real", number: int = 0, chunk: int = 1000) -> Iterator[Ranking]:
+        """Every ranking that stands, in the order of the items; skipped items are none. ``number`` 1: of items that were shown again."""
+        last = 0
+        while True:
+            with self._begin() as connection:
+                query = select(assignments.c.id, assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
+                query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
+                query = query.where(assignments.c.state == "done", assignments.c.round == number, assignments.c.id > last)
+                if kind is not None:
+                    query = query.where(items.c.kind == kind)
+                rows = connection.execute(query.order_by(assignments.c.id).limit(chunk)).all()
+            for row in rows:
+                yield Ranking(row.prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "")
+            if len(rows) < chunk:
+                return
+            last = rows[-1].id
+
+    def completions(self) -> dict[str, list[Completion]]:
+        """The real items' prompts and completions, as they were imported."""
+        with self._begin() as connection:
+            rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
+        out = {}
+        for row in rows:
+            prompt = Prompt(row.prompt_id, _content(row.content), row.theme)
+            out[row.prompt_id] = [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
+        return out
+
+    def progress(self) -> dict[str, int]:
+        """Real items, those that have all their rankings, rankings, skips."""
+        with self._begin() as connection:
+            count = lambda *where: int(
+                connection.execute(
+                    select(func.count())
+                    .select_from(assignments.join(items, items.c.id == assignments.c.item))
+                    .where(items.c.kind == "real", *where)
+                ).scalar_one()
+            )
+            total = int(connection.execute(select(func.count()).select_from(items).where(items.c.kind == "real")).scalar_one())
+            first = assignments.c.round == 0
+            often = select(assignments.c.item).join(items, items.c.id == assignments.c.item)
+            often = often.where(items.c.kind == "real", assignments.c.state == "done", first).group_by(assignments.c.item)
+            full = often.having(func.count() >= self.settings.overlap).subquery()
+            complete = int(connection.execute(select(func.count()).select_from(full)).scalar_one())
+            return {
+                "items": total,
+                "complete": complete,
+                "rankings": count(assignments.c.state == "done", first),
+                "skipped": count(assignments.c.state == "skipped"),
+            }
+
+    def log(self, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
+        """Events in their order: who, what, when, before, after."""
+        with self._begin() as connection:
+            query = select(events, people.c.name).join(people, people.c.id == events.c.person, isouter=True).where(events.c.id > after)
+            rows = connection.execute(query.order_by(events.c.id).limit(limit)).all()
+        return [
+            {"id": r.id, "at": r.at, "who": r.name, "what": r.kind, "assignment": r.assignment, "before": r.before, "after": r.after}
+            for r in rows
+        ]
+
+    def _note(
+        self,
+        connection: Connection,
+        kind: str,
+        person: int | None,
+        assignment: int | None = None,
+        key: str | None = None,
+        before: Any = None,
+        after: Any = None,
+    ) -> None:
+        row = {"at": self._clock(), "person": person, "kind": kind, "assignment": assignment, "key": key, "before": before, "after": after}
+        connection.execute(insert(events).values(**row))
+
+
+def _content(value: Any) -> Content:
+    return value  # type: ignore[no-any-return]
+
+
+def _sqlite_connection(connection: Any, _: Any) -> None:
+    """Transactions are begun by us, for writing, so that two never wait for each other; what is committed survives a power cut."""
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _hasher() -> Any:
+    from argon2 import PasswordHasher
+
+    return PasswordHasher()
+
+
+_KEPT: list[str] = []
+
+
+def _NOBODY() -> str:
+    """The hash of a password that nobody has."""
+    if not _KEPT:
+        _KEPT.append(_hasher().hash(hashlib.sha256(str(time.time_ns()).encode()).hexdigest()))
+    return _KEPT[0]

@@ -1,0 +1,363 @@
+"""The label store, on SQLite and on PostgreSQL: nothing that was acknowledged is lost, nothing is there twice."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sqlalchemy")
+
+from sqlalchemy import select, text
+
+from accord.data.records import Completion, Prompt
+from accord.errors import UserError
+from accord.feedback.schema import assignments, metadata
+from accord.feedback.store import Label, QueueSettings, Store
+
+BINARIES = max(
+    Path("/usr/lib/postgresql").glob("*/bin"), default=Path("no PostgreSQL"), key=lambda p: int(p.parent.name)
+)  # where Debian has it
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server of our own on a socket; each test makes a database in it."""
+    if not BINARIES.is_dir():
+        pytest.skip("PostgreSQL is not installed")
+    home = Path(tempfile.mkdtemp(prefix="accord-pg-"))
+    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # the server refuses to run as root
+    if user:
+        shutil.chown(home, "postgres")
+    run = lambda *command: subprocess.run([*user, *map(str, command)], check=True, capture_output=True, cwd=home)
+    run(BINARIES / "initdb", "-D", home / "data", "-A", "trust", "-U", "accord", "--no-sync")
+    options = f"-k {home} -c listen_addresses= -c fsync=off -c max_connections=100"
+    run(BINARIES / "pg_ctl", "-D", home / "data", "-w", "-o", options, "-l", home / "log", "start")
+    yield home
+    run(BINARIES / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return str(tmp_path / "labels.db")
+    home = request.getfixturevalue("postgres")
+    name = f"db{abs(hash(tmp_path)) % 10**12}"
+    subprocess.run([BINARIES / "createdb", "-h", str(home), "-U", "accord", name], check=True)
+    return f"postgresql://accord@/{name}?host={home}"
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def make(url):
+    made = []
+
+    def make(clock=None, **settings):
+        made.append(Store.open(url, QueueSettings(**{"gold_share": 0.0, "repeat_share": 0.0, **settings}), clock or Clock()))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def completions(count, k=3, start=0):
+    return {
+        f"p{i}": [Completion(Prompt(f"p{i}", f"say {i}", "t"), f"{'abcdefghi'[j]} {i}", True, j) for j in range(k)]
+        for i in range(start, start + count)
+    }
+
+
+def answer(*ranks):
+    return Label(ranks=ranks or (1, 2, 2))
+
+
+def work(store, person, label=None, limit=1000):
+    """Everything this labeler is given, submitted; the prompts in their order."""
+    done = []
+    while len(done) < limit and (given := store.next(person)) is not None:
+        store.submit(person, given.id, label or answer(), f"{person.name}/{given.id}")
+        done.append(given.prompt.id)
+    return done
+
+
+def test_migrations_make_the_tables_of_the_schema(make):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with make()._engine.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_overlap_and_what_comes_out(make):
+    store = make(overlap=2)
+    version = store.set_criterion("Be good.")
+    assert store.add_items(completions(6)) == 6 and store.add_items(completions(8)) == 2
+    people = [store.add_person(name, "labeler") for name in ("ann", "bob", "cy")]
+    done = {p.name: work(store, p, limit=n) for p, n in zip(people, (5, 8, 8), strict=True)}
+    assert Counter(x for some in done.values() for x in some) == {f"p{i}": 2 for i in range(8)}  # each by two, by nobody twice
+    assert all(len(set(some)) == len(some) for some in done.values())
+    assert done["ann"] != sorted(done["ann"]) and done["bob"][:5] != done["ann"]  # everyone has an order of their own
+    assert store.next(people[0]) is None
+    got = list(store.rankings(chunk=3))
+    assert len(got) == 16 and {r.labeler for r in got} == set(done) and {r.criterion for r in got} == {version}
+    assert {r.ranks for r in got} == {(1, 2, 2)} and store.completions() == completions(8)
+    assert store.progress() == {"items": 8, "complete": 8, "rankings": 16, "skipped": 0}
+
+
+def test_priority_first(make):
+    store = make()
+    store.add_items(completions(9), priority={"p3": 2.0, "p5": 2.0, "p7": 1.0})
+    done = work(store, store.add_person("ann", "labeler"))
+    assert set(done[:2]) == {"p3", "p5"} and done[2] == "p7"
+
+
+def test_the_order_of_completions_is_stable_and_differs_by_labeler(make):
+    store = make(overlap=9)
+    store.add_items(completions(20, k=9))
+    people = [store.add_person(name, "labeler") for name in ("ann", "bob")]
+    seen = {}
+    for p in people:
+        for _ in range(20):
+            given = store.next(p)
+            assert store.next(p) == given == store.assignment(p, given.id)  # asked again, it is the same
+            seen[p.name, given.prompt.id] = given.order
+            store.submit(p, given.id, answer(*range(1, 10)), f"{p.name}{given.id}")
+    assert all(sorted(order) == list(range(9)) for order in seen.values())
+    assert len({seen["ann", f"p{i}"] for i in range(20)}) > 15
+    assert sum(seen["ann", f"p{i}"] == seen["bob", f"p{i}"] for i in range(20)) < 3
+    first = Counter(order[0] for order in seen.values())
+    assert max(first.values()) < 15  # no completion is always shown first
+
+
+def test_a_lease_ends_and_another_gets_the_item_and_nothing_is_lost(make):
+    clock = Clock()
+    store = make(clock, lease=60)
+    store.add_items(completions(1))
+    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    given = store.next(ann)
+    assert store.next(bob) is None
+    clock.now += 50
+    store.save_draft(ann, given.id, {"ranks": [1]})  # she is at it
+    clock.now += 50
+    assert store.next(bob) is None and store.next(ann).draft == {"ranks": [1]}
+    clock.now += 61
+    other = store.next(bob)
+    assert other is not None and other.prompt.id == "p0"
+    assert store.submit(ann, given.id, answer(), "late") and store.submit(bob, other.id, answer(), "b")
+    assert len(list(store.rankings())) == 2
+
+
+def test_a_request_that_comes_twice_counts_once(make):
+    store = make()
+    store.add_items(completions(2))
+    ann = store.add_person("ann", "labeler")
+    given = store.next(ann)
+    assert store.submit(ann, given.id, answer(), "key", seconds=5.0) is True
+    assert store.submit(ann, given.id, answer(3, 2, 1), "key", seconds=5.0) is False
+    assert [r.ranks for r in store.rankings()] == [(1, 2, 2)]
+
+
+def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
+    clock = Clock()
+    store = make(clock)
+    first = store.set_criterion("one")
+    store.add_items(completions(2))
+    ann = store.add_person("ann", "labeler")
+    a = store.next(ann)
+    store.submit(ann, a.id, answer(), "1")
+    clock.now += 1
+    store.set_criterion("two")
+    store.submit(ann, a.id, answer(None, 1, 1), "2")
+    b = store.next(ann)
+    store.submit(ann, b.id, Label(reason="unclear"), "3")
+    assert [r.ranks for r in store.rankings()] == [(None, 1, 1)]
+    assert [r.criterion for r in store.rankings()] == [first]  # a change does not move it to another version
+    assert store.progress()["skipped"] == 1 and [h.state for h in store.history(ann)] == ["skipped", "done"]
+    log = [(e["who"], e["what"], e["before"] and e["before"]["ranks"], e["after"]) for e in store.log() if e["assignment"]]
+    assert [x[:3] for x in log] == [
+        ("ann", "opened", None), ("ann", "submitted", None), ("ann", "changed", [1, 2, 2]), ("ann", "opened", None), ("ann", "skipped", None),
+    ]  # fmt: skip
+    assert log[2][3]["ranks"] == [None, 1, 1] and log[4][3]["reason"] == "unclear"
+    # A skipped item goes to another.
+    assert store.next(store.add_person("bob", "labeler")).prompt.id == b.prompt.id
+
+
+def test_calibration_first_then_gold_and_repetitions_unseen(make):
+    store = make(overlap=1, gold_share=0.2, repeat_share=0.2, repeat_after=5)
+    store.add_items(completions(60))
+    store.add_items(completions(3, start=100), "calibration", gold={f"p{i}": [1, 2, 3] for i in range(100, 103)})
+    store.add_items(completions(30, start=200), "gold", gold={f"p{i}": [1, 1, None] for i in range(200, 230)})
+    ann = store.add_person("ann", "labeler")
+    kinds, prompts = [], []
+    while (given := store.next(ann)) is not None:
+        kinds.append(given.kind)
+        prompts.append(given.prompt.id)
+        store.submit(ann, given.id, answer(), str(given.id))
+    assert kinds[:3] == ["calibration"] * 3 and kinds.count("calibration") == 3
+    again = [i for i, p in enumerate(prompts) if p in prompts[:i]]
+    assert 5 <= kinds.count("gold") <= 30 and 5 <= len(again) <= 30
+    assert all(i - prompts.index(prompts[i]) > 5 for i in again) and max(Counter(prompts).values()) == 2
+    assert len(list(store.rankings())) == 60 and len(list(store.rankings("gold"))) == kinds.count("gold")
+    assert len(list(store.rankings(number=1))) == len(again)
+    orders = {(h.prompt.id, h.order) for h in store.history(ann, 1000)}
+    assert sum(1 for i in again if len({o for p, o in orders if p == prompts[i]}) == 2) > len(again) / 2  # shown in another order
+
+
+def test_only_ones_own(make):
+    store = make(overlap=2)
+    store.add_items(completions(1))
+    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    given = store.next(ann)
+    for call in (
+        lambda: store.assignment(bob, given.id),
+        lambda: store.save_draft(bob, given.id, {}),
+        lambda: store.submit(bob, given.id, answer(), "x"),
+    ):
+        with pytest.raises(UserError, match="given to 'bob'"):
+            call()
+    assert store.history(bob) == []
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (Label(ranks=(1, 2)), "2 ranks were given for 3 completions"),
+        (Label(ranks=(1, 2, 4)), "Ranks go from 1 to 3"),
+        (Label(ranks=(1, 2, True)), "Ranks go from 1 to 3"),
+        (Label(ranks=(1, 2, 3), ratings=(8, 1, 1)), "Ratings go from 1 to 7"),
+        (Label(ranks=(1, 2, 3), ratings=(7,)), "1 ratings were given"),
+        (Label(ranks=(1, 2, 3), flags=((), ("toxik",), ())), "no flag 'toxik'.*Did you mean 'toxic'"),
+        (Label(ranks=(1, 2, 3), reason="x"), "no ranks"),
+    ],
+)
+def test_labels_that_are_wrong(label, message):
+    with pytest.raises(UserError, match=message):
+        label.check(3)
+
+
+def test_items_that_are_wrong(make):
+    store = make()
+    store.add_items(completions(2))
+    with pytest.raises(UserError, match="'p0' has 1 completions"):
+        store.add_items(completions(1, k=1))
+    with pytest.raises(UserError, match="'p0' is in the store with another text"):
+        store.add_items(completions(1, k=4))
+    with pytest.raises(UserError, match="'p5': known ranks are what gold items need"):
+        store.add_items(completions(1, start=5), "gold")
+    with pytest.raises(UserError, match="'p5': known ranks are what real items lack"):
+        store.add_items(completions(1, start=5), gold={"p5": [1, 2, 3]})
+    assert store.progress()["items"] == 2
+
+
+def test_people_and_passwords(make):
+    store = make()
+    store.add_person("ann", "owner", "a long password")
+    store.add_person("bob", "labeler")
+    assert store.check_password("ann", "a long password").role == "owner"
+    assert store.check_password("ann", "another") is None is store.check_password("bob", "") is store.check_password("nobody", "x")
+    with store._engine.begin() as connection:
+        kept = connection.execute(text("select password from people where name = 'ann'")).scalar()
+    assert kept.startswith("$argon2id$") and "long password" not in str(store.log())
+    with pytest.raises(UserError, match="called 'ann' already"):
+        store.add_person(" ann ", "labeler")
+    with pytest.raises(UserError, match="Did you mean 'labeler'"):
+        store.add_person("cy", "labeller")
+
+
+def test_criteria_are_kept(make):
+    clock = Clock()
+    store = make(clock)
+    one = store.set_criterion("one")
+    clock.now += 1
+    store.set_criterion("two")
+    assert store.criterion()[1] == "two"
+    clock.now += 1
+    assert store.set_criterion("one") == one and store.criterion() == (one, "one")
+
+
+def test_many_at_once(make):
+    """Eight labelers at the same time, each submit sent twice at once: every item by two people, every label once."""
+    store = make(overlap=2)
+    store.add_items(completions(40))
+    people = [store.add_person(f"l{i}", "labeler") for i in range(8)]
+    failures, accepted = [], Counter()
+
+    def labeler(person):
+        try:
+            while (given := store.next(person)) is not None:
+                ranks = tuple(int(r) for r in np.random.default_rng(given.id).integers(1, 4, 3))
+                results = []
+                send = lambda given=given, ranks=ranks, results=results: results.append(
+                    store.submit(person, given.id, Label(ranks), f"k{given.id}")
+                )
+                twice = [threading.Thread(target=send) for _ in range(2)]
+                [t.start() for t in twice], [t.join() for t in twice]
+                assert sorted(results) == [False, True], results
+                accepted[given.prompt.id] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=labeler, args=(p,)) for p in people]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not failures, failures
+    assert accepted == {f"p{i}": 2 for i in range(40)}
+    got = list(store.rankings())
+    assert len(got) == 80 and len({(r.prompt_id, r.labeler) for r in got}) == 80
+    with store._engine.begin() as connection:
+        keys = connection.execute(select(assignments.c.id, assignments.c.label)).all()
+    assert all(row.label["ranks"] == np.random.default_rng(row.id).integers(1, 4, 3).tolist() for row in keys)
+
+
+def test_what_was_acknowledged_survives_a_kill(make, url, tmp_path):
+    """A process that submits is killed at any moment, five times; each label it was told of is there once."""
+    store = make()
+    store.add_items(completions(400))
+    store.add_person("ann", "labeler")
+    program = f"""
+import sys
+from accord.feedback.store import *
+store = Store.open({url!r}, QueueSettings(gold_share=0, repeat_share=0))
+ann = store.person("ann")
+while (given := store.next(ann)) is not None:
+    print("try", given.id, flush=True)
+    if store.submit(ann, given.id, Label(ranks=(1, 2, 3)), f"k{{given.id}}"):
+        print("kept", given.id, flush=True)
+"""
+    told = []
+    for round_ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        for line in process.stdout:
+            told.append(line.split())
+            if len(told) >= 30 * (round_ + 1) + round_:
+                break
+        process.send_signal(signal.SIGKILL)
+        told += [line.split() for line in process.stdout.read().splitlines()]
+        process.wait()
+    kept = {int(number) for what, number in told if what == "kept"}
+    with store._engine.begin() as connection:
+        rows = connection.execute(select(assignments.c.id).where(assignments.c.state == "done")).scalars().all()
+        labels = connection.execute(text("select count(*) from events where kind = 'submitted'")).scalar()
+    tried = {int(number) for what, number in told if what == "try"}
+    assert kept <= set(rows) <= tried and len(rows) == labels and len(kept) > 50
+
+
+def test_a_store_that_cannot_be_opened_is_a_sentence(tmp_path):
+    (tmp_path / "x").write_text("no database")
+    for where in (tmp_path / "x", tmp_path / "none" / "x.db", "postgresql://nobody@localhost:1/x", "nosuch://x"):
+        with pytest.raises(UserError, match="cannot be opened"):
+            Store.open(where)
