@@ -111,7 +111,7 @@ def test_overlap_and_what_comes_out(make):
     done = {p.name: work(store, p, limit=n) for p, n in zip(people, (5, 8, 8), strict=True)}
     assert Counter(x for some in done.values() for x in some) == {f"p{i}": 2 for i in range(8)}  # each by two, by nobody twice
     assert all(len(set(some)) == len(some) for some in done.values())
-    assert done["ann"] != sorted(done["ann"]) and done["bob"][:5] != done["ann"]  # everyone has an order of their own
+    assert done["ann"] != sorted(done["ann"])  # not as they were imported
     assert store.next(people[0]) is None
     got = list(store.rankings(chunk=3))
     assert len(got) == 16 and {r.labeler for r in got} == set(done) and {r.criterion for r in got} == {version}
@@ -137,6 +137,7 @@ def test_the_order_of_completions_is_stable_and_differs_by_labeler(make):
             assert store.next(p) == given == store.assignment(p, given.id)  # asked again, it is the same
             seen[p.name, given.prompt.id] = given.order
             store.submit(p, given.id, answer(*range(1, 10)), f"{p.name}{given.id}")
+    assert [p for who, p in seen if who == "ann"] != [p for who, p in seen if who == "bob"]  # everyone starts elsewhere
     assert all(sorted(order) == list(range(9)) for order in seen.values())
     assert len({seen["ann", f"p{i}"] for i in range(20)}) > 15
     assert sum(seen["ann", f"p{i}"] == seen["bob", f"p{i}"] for i in range(20)) < 3

@@ -33,8 +33,11 @@ items = Table(
     Column("kind", String(20), nullable=False),  # real, gold, calibration
     Column("gold", JSON),  # ranks that are known to be right
     Column("priority", Float, nullable=False),
+    Column("place", Float, nullable=False),  # 0 to 1, by chance: where it stands among items of its priority
+    Column("taken", Integer, nullable=False),  # rankings that it has, and those that somebody is at
+    Column("wanted", Boolean, nullable=False),  # whether these are fewer than it is to have
     Column("created", Float, nullable=False),
-    Index("by_kind", "kind", "priority"),
+    Index("by_want", "kind", "wanted", "priority", "place"),
 )  # fmt: skip
 
 assignments = Table(
@@ -43,7 +46,7 @@ assignments = Table(
     Column("item", ForeignKey("items.id"), nullable=False),
     Column("person", ForeignKey("people.id"), nullable=False),
     Column("round", Integer, nullable=False),  # 0; 1 where it is shown again to the same person
-    Column("state", String(20), nullable=False),  # open, done, skipped
+    Column("state", String(20), nullable=False),  # open, late (open, and the lease has ended), done, skipped
     Column("lease", Float, nullable=False),  # until when it is theirs while it is open
     Column("opened", Float, nullable=False),
     Column("closed", Float),
@@ -52,7 +55,7 @@ assignments = Table(
     Column("seconds", Float),  # on it, as the page counted
     Column("criterion", ForeignKey("criteria.version")),
     UniqueConstraint("item", "person", "round"),
-    Index("by_item", "item", "state"),
+    Index("by_state", "state", "lease"),
     Index("by_person", "person", "state", "closed"),
 )  # fmt: skip
 

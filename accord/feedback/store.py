@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, Engine, and_, create_engine, event, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from accord.data.records import Completion, Content, Prompt, Ranking
@@ -144,6 +144,7 @@ class Store:
             store = cls(engine, settings or QueueSettings.model_validate({}), clock)
             with store._engine.begin() as connection:
                 _migrate(connection)
+                connection.execute(update(items).values(wanted=items.c.taken < store.settings.overlap))
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise UserError(f"The label store {url} cannot be opened: {first_line(error)}") from None
         return store
@@ -237,8 +238,9 @@ class Store:
         Raises:
             UserError: a prompt has no two completions or more than nine, is there with other texts, or lacks its known ranks.
         """
-        added = 0
+        fresh: list[dict[str, Any]] = []
         with self._begin() as connection:
+            there = self._there(connection, list(completions))
             for key, group in completions.items():
                 if not 2 <= len(group) <= MOST:
                     raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
@@ -248,7 +250,7 @@ class Store:
                     raise UserError(f"Prompt '{key}': known ranks are what {kind} items " + ("lack." if kind == "real" else "need."))
                 if known is not None:
                     Label(ranks=tuple(known)).check(len(group))
-                before = connection.execute(select(items).where(items.c.prompt_id == key)).one_or_none()
+                before = there.get(key)
                 content = group[0].prompt.content
                 if before is not None:
                     if (before.content, before.completions, before.kind, before.gold) != (content, texts, kind, known and list(known)):
@@ -256,14 +258,23 @@ class Store:
                             f"Prompt '{key}' is in the store with another text, other completions or other known ranks; give it another id."
                         )
                     continue
-                row = {
+                fresh.append({
                     "prompt_id": key, "theme": group[0].prompt.theme, "content": content, "completions": texts, "kind": kind,
-                    "gold": known and list(known), "priority": (priority or {}).get(key, 0.0), "created": self._clock(),
-                }  # fmt: skip
-                connection.execute(insert(items).values(**row))
-                added += 1
-            self._note(connection, "items added", None, after={"kind": kind, "new": added})
-        return added
+                    "gold": known and list(known), "priority": float((priority or {}).get(key, 0.0)),
+                    "place": _share(f"{self.settings.seed}/{key}"), "taken": 0, "wanted": True, "created": self._clock(),
+                })  # fmt: skip
+            if fresh:
+                connection.execute(insert(items), fresh)
+            self._note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
+        return len(fresh)
+
+    def _there(self, connection: Connection, keys: list[str], chunk: int = 500) -> dict[str, Any]:
+        """Items that are in the store already, by prompt id."""
+        found: dict[str, Any] = {}
+        for start in range(0, len(keys), chunk):
+            rows = connection.execute(select(items).where(items.c.prompt_id.in_(keys[start : start + chunk]))).all()
+            found |= {row.prompt_id: row for row in rows}
+        return found
 
     # The queue.
 
@@ -275,10 +286,11 @@ class Store:
                 connection.dialect.name == "postgresql"
             ):  # one after the other, as SQLite's writers are: two must not take one item's last place
                 connection.execute(select(func.pg_advisory_xact_lock(QUEUE)))
-            own = select(assignments).where(assignments.c.person == person.id, assignments.c.state == "open")
+            self._end_leases(connection, now)
+            own = select(assignments).where(assignments.c.person == person.id, assignments.c.state.in_(("open", "late")))
             row = connection.execute(own.order_by(assignments.c.id).limit(1)).one_or_none()
             if row is None:
-                found = self._choose(connection, person, now)
+                found = self._choose(connection, person)
                 if found is None:
                     return None
                 item, number = found
@@ -291,45 +303,71 @@ class Store:
                     "opened": now,
                 }
                 key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
+                self._take(connection, item, number, +1)
                 self._note(connection, "opened", person.id, key)
             else:
                 key = row.id
-                connection.execute(update(assignments).where(assignments.c.id == key).values(lease=now + self.settings.lease))
+                self._hold(connection, row)
             return self._assignment(connection, key)
 
-    def _choose(self, connection: Connection, person: Person, now: float) -> tuple[int, int] | None:
+    def _end_leases(self, connection: Connection, now: float) -> None:
+        """Open items whose lease has ended are wanted by others again."""
+        late = select(assignments.c.id, assignments.c.item, assignments.c.round).where(
+            assignments.c.state == "open", assignments.c.lease <= now
+        )
+        for row in connection.execute(late).all():
+            connection.execute(update(assignments).where(assignments.c.id == row.id).values(state="late"))
+            self._take(connection, row.item, row.round, -1)
+
+    def _hold(self, connection: Connection, row: Any, **values: Any) -> None:
+        """Keep an open item for its labeler for another while, also one whose lease had ended."""
+        if row.state == "late":
+            self._take(connection, row.item, row.round, +1)
+        state = "open" if row.state == "late" else row.state
+        lease = self._clock() + self.settings.lease
+        connection.execute(update(assignments).where(assignments.c.id == row.id).values(state=state, lease=lease, **values))
+
+    def _take(self, connection: Connection, item: int, number: int, by: int) -> None:
+        """Count one more, or one fewer, of an item's rankings; what is shown again to the same person is not among them."""
+        if number == 0 and by:
+            taken = items.c.taken + by
+            connection.execute(update(items).where(items.c.id == item).values(taken=taken, wanted=taken < self.settings.overlap))
+
+    def _choose(self, connection: Connection, person: Person) -> tuple[int, int] | None:
         """(item, round) of the next one: calibration first, then now and then gold or a repetition, else what is asked for most."""
-        calibration = self._unseen(connection, person, "calibration", now)
+        calibration = self._unseen(connection, person, "calibration")
         if calibration is not None:
             return calibration, 0
         mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state != "open")
         done = int(connection.execute(mine).scalar_one())
         luck = np.random.default_rng([self.settings.seed, person.id, done]).random()
         if luck < self.settings.gold_share:
-            gold = self._unseen(connection, person, "gold", now)
+            gold = self._unseen(connection, person, "gold")
             if gold is not None:
                 return gold, 0
         elif luck < self.settings.gold_share + self.settings.repeat_share:
             again = self._repeat(connection, person)
             if again is not None:
                 return again, 1
-        real = self._unseen(connection, person, "real", now)
+        real = self._unseen(connection, person, "real")
         return None if real is None else (real, 0)
 
-    def _unseen(self, connection: Connection, person: Person, kind: Kind, now: float) -> int | None:
-        """An item that this person has not had; of real ones, one that has not been given out often enough."""
+    def _unseen(self, connection: Connection, person: Person, kind: Kind) -> int | None:
+        """An item that this person has not had; of real ones, one that has not been given out often enough: of those with the
+        highest priority the first from this person's own place on."""
         a = assignments.alias()
-        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id)
-        wanted = select(items.c.id, items.c.prompt_id).where(items.c.kind == kind, ~seen)
-        if kind == "real":
-            held = or_(a.c.state == "done", and_(a.c.state == "open", a.c.lease > now))
-            given = (
-                select(func.count()).select_from(a).where(a.c.item == items.c.id, a.c.round == 0, held).correlate(items).scalar_subquery()
-            )
-            top = select(func.max(items.c.priority)).where(items.c.kind == kind, ~seen, given < self.settings.overlap).scalar_subquery()
-            wanted = wanted.where(given < self.settings.overlap, items.c.priority == top)
-        rows = connection.execute(wanted).all()
-        return min(rows, key=lambda row: self._place(person, row.prompt_id)).id if rows else None
+        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id, a.c.round == 0)
+        wanted = items.c.wanted if kind == "real" else items.c.wanted.in_((True, False))
+        some = select(items.c.id, items.c.priority).where(items.c.kind == kind, wanted, ~seen)
+        top = connection.execute(some.order_by(items.c.priority.desc()).limit(1)).first()
+        if top is None:
+            return None
+        start = _share(f"{self.settings.seed}/{person.id}")
+        for side in (items.c.place >= start, items.c.place < start):
+            row = connection.execute(some.where(items.c.priority == top.priority, side).order_by(items.c.place).limit(1)).first()
+            if row is not None:
+                return int(row.id)
+        return None
 
     def _repeat(self, connection: Connection, person: Person) -> int | None:
         """A real item that this person ranked some while ago, and has not seen twice."""
@@ -342,16 +380,11 @@ class Store:
         rows = connection.execute(query.order_by(assignments.c.closed.desc())).all()
         return rows[-1].item if len(rows) > self.settings.repeat_after else None
 
-    def _place(self, person: Person, prompt_id: str, number: int = 0) -> bytes:
-        """Where an item stands in this person's own order."""
-        return hashlib.sha256(f"{self.settings.seed}/{person.id}/{number}/{prompt_id}".encode()).digest()
-
     def _assignment(self, connection: Connection, key: int) -> Assignment:
         row = connection.execute(
             select(assignments, items).join(items, items.c.id == assignments.c.item).where(assignments.c.id == key)
         ).one()
-        person = Person(row.person, "", "")
-        luck = np.random.default_rng(int.from_bytes(self._place(person, row.prompt_id, row.round)[:8], "big"))
+        luck = np.random.default_rng(int(_share(f"{self.settings.seed}/{row.person}/{row.round}/{row.prompt_id}") * 2**53))
         return Assignment(
             key,
             Prompt(row.prompt_id, row.content, row.theme),
@@ -383,9 +416,7 @@ class Store:
     def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> None:
         """Keep what is not submitted yet, and the lease."""
         with self._begin() as connection:
-            self._own(connection, person, key)
-            values = {"draft": dict(draft), "lease": self._clock() + self.settings.lease}
-            connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
+            self._hold(connection, self._own(connection, person, key), draft=dict(draft))
 
     def submit(self, person: Person, key: int, label: Label, request: str, seconds: float | None = None) -> bool:
         """Record an answer, or another one in its place; the event log has both.
@@ -412,6 +443,8 @@ class Store:
                 state = "skipped" if label.reason else "done"
                 kind = "changed" if row.label else "skipped" if label.reason else "submitted"
                 self._note(connection, kind, person.id, key, request, row.label, label.to_json())
+                holding, now_holding = row.state in ("open", "done"), state == "done"
+                self._take(connection, row.item, row.round, now_holding - holding)
                 values = {
                     "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
                     "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or version,
@@ -502,6 +535,11 @@ class Store:
     ) -> None:
         row = {"at": self._clock(), "person": person, "kind": kind, "assignment": assignment, "key": key, "before": before, "after": after}
         connection.execute(insert(events).values(**row))
+
+
+def _share(name: str) -> float:
+    """A number from 0 to 1 that follows from a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def _content(value: Any) -> Content:

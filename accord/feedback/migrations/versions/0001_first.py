@@ -32,9 +32,12 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(20), nullable=False),
         sa.Column("gold", sa.JSON),
         sa.Column("priority", sa.Float, nullable=False),
+        sa.Column("place", sa.Float, nullable=False),
+        sa.Column("taken", sa.Integer, nullable=False),
+        sa.Column("wanted", sa.Boolean, nullable=False),
         sa.Column("created", sa.Float, nullable=False),
     )
-    op.create_index("by_kind", "items", ["kind", "priority"])
+    op.create_index("by_want", "items", ["kind", "wanted", "priority", "place"])
     op.create_table(
         "assignments",
         sa.Column("id", sa.Integer, primary_key=True),
@@ -51,7 +54,7 @@ def upgrade() -> None:
         sa.Column("criterion", sa.String(80), sa.ForeignKey("criteria.version")),
         sa.UniqueConstraint("item", "person", "round"),
     )
-    op.create_index("by_item", "assignments", ["item", "state"])
+    op.create_index("by_state", "assignments", ["state", "lease"])
     op.create_index("by_person", "assignments", ["person", "state", "closed"])
     op.create_table(
         "events",
