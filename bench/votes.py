@@ -32,7 +32,8 @@ def plainly(rows):
     same = strict = both = total = 0
     within, values = 0.0, Counter()
     squared = lambda a, b, cuts: (sum(cuts[min(a, b) : max(a, b) + 1]) - (cuts[a] + cuts[b]) / 2) ** 2
-    units = [[("a1", "equal", "a2").index(v) for _, v in row["votes"]] for row in rows if len(row["votes"]) > 1]
+    sides = [[("a1", "equal", "a2").index(v) for _, v in row["votes"]] for row in rows if len(row["votes"]) > 1]
+    units = [[abs(flip - v) for v in side] for side in sides for flip in (0, 2)]  # which argument is the first means nothing
     for unit in units:
         values.update(unit)
         for a, b in combinations(unit, 2):

@@ -120,7 +120,7 @@ MUTANTS = [
     ("reward/comparison", "return self._davidson(d) - d / 2", "return self._davidson(d) - d", "Davidson: strengths without their roots", "test_reward.py", "by_hand"),
     ("reward/comparison", "F.softplus(self.threshold - d)", "F.softplus(-self.threshold - d)", "Rao-Kupper: threshold helps", "test_reward.py", "by_hand"),
     ("reward/comparison", "torch.log(torch.expm1(2 * at))", "torch.log(torch.expm1(at))", "Rao-Kupper: theta for its square", "test_reward.py", "by_hand"),
-    ("reward/comparison", "(torch.cat(losses) * weight).sum() / weight.sum()", "(torch.cat(losses) * weight).mean()", "pair loss: not divided by the group's weight", "test_reward.py", "by_hand"),
+    ("reward/comparison", "group.weight * (torch.cat(losses) * weight).sum() / weight.sum()", "(torch.cat(losses) * weight).mean()", "pair loss: not divided by the group's weight", "test_reward.py", "by_hand"),
     ("reward/comparison", "return total / len(groups)", "return total", "pair loss: sum over prompts", "test_reward.py", "by_hand"),
     ("reward/comparison", "[pair.distance - 1 for pair in pairs]", "[pair.distance for pair in pairs]", "margin: also between neighbours", "test_reward.py", "margin"),
     ("feedback/agreement", "(upto[k] - (upto[c] - totals[c]) - (totals[c] + totals[k]) / 2) ** 2", "(k - c) ** 2", "alpha: interval for ordinal", "test_agreement.py", "own_example"),

@@ -119,7 +119,9 @@ def test_statistics_are_what_counting_gives():
             pair[0].extend(r is None for r in one.ranks)
             pair[1].extend(r is None for r in two.ranks)
     assert got.with_ties.value == pytest.approx(np.mean(same)) and got.without_ties.value == pytest.approx(np.mean(strict))
-    assert got.alpha.value == pytest.approx(krippendorff_alpha(units, "ordinal"))
+    assert got.alpha.value == pytest.approx(
+        krippendorff_alpha([[s * v for v in unit] for unit in units for s in (1, -1)], "ordinal"), abs=1e-3
+    )
     kappas = [sklearn.metrics.cohen_kappa_score(*pair) for pair in shared.values()]
     assert got.kappa_fail.value == pytest.approx(np.average(kappas, weights=[len(a) for a, _ in shared.values()]))
     for estimate in (got.with_ties, got.without_ties, got.alpha, got.kappa_fail, got.kendall_w):
@@ -128,6 +130,32 @@ def test_statistics_are_what_counting_gives():
     few = [r for r in rankings if r.prompt_id in [f"p{i}" for i in range(6)]]
     width = lambda e: e.high - e.low
     assert width(agreement(few, draws=300).alpha) > 1.8 * width(got.alpha)
+
+
+def test_the_order_of_completions_means_nothing():
+    """The same judgements with the completions in another order, the best always first among them: every number the same."""
+    rankings = noisy(np.random.default_rng(0), {"a": 0.3, "b": 0.7, "c": 1.0, "d": 2.0}, 60)
+
+    def reordered(order_of):
+        return [Ranking(r.prompt_id, r.labeler, tuple(r.ranks[k] for k in order_of(r))) for r in rankings]
+
+    first = {}
+    for r in rankings:
+        first.setdefault(r.prompt_id, sorted(range(4), key=lambda k, r=r: (r.ranks[k] is None, r.ranks[k] or 0)))
+    sorted_, shuffled = (
+        reordered(lambda r: first[r.prompt_id]),
+        reordered(lambda r: np.random.default_rng(int(r.prompt_id[1:])).permutation(4)),
+    )
+    one, two = (agreement(some, draws=20) for some in (sorted_, shuffled))
+    for name in ("with_ties", "without_ties", "alpha", "kendall_w", "kappa_fail"):
+        assert getattr(one, name).value == pytest.approx(getattr(two, name).value, abs=1e-9), name
+    assert {who: r.quality for who, r in one.labelers.items()} == pytest.approx(
+        {who: r.quality for who, r in two.labelers.items()}, abs=1e-4
+    )
+    weights = labeler_weights(sorted_)
+    assert weights == pytest.approx(labeler_weights(shuffled), abs=1e-3) and weights["a"] > weights["b"] > weights["d"]
+    always = [rank(f"p{i}", who, 1, 2) for i in range(9) for who in "ab"]
+    assert agreement(always, draws=20).alpha.value == 1.0
 
 
 def test_gold_is_no_labeler():

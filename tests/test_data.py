@@ -130,7 +130,7 @@ def test_labelers_count_for_what_they_are_worth():
     rankings = [Ranking("p", "a", (1, 2, 2)), Ranking("p", "b", (1, 3, 2)), Ranking("p", "c", (1, 1, 1))]
     (group,) = group_pairs(given, rankings, labeler_weights={"b": 0.5, "c": 0.0})
     assert {p[:2]: p[2:] for p in group.pairs} == {(0, 1): (1.5, pytest.approx(4 / 3)), (0, 2): (1.5, 1.0), (2, 1): (0.5, 1.0)}
-    assert group.ties == (Pair(1, 2),)
+    assert group.ties == (Pair(1, 2),) and group.weight == pytest.approx(0.5)
     (tied,) = group_pairs(given, [Ranking("p", "a", (1, 1, None))], fail_weight=0.0)
     assert tied.pairs == () and tied.ties == (Pair(0, 1),)
     with pytest.raises(UserError, match=r"weight for 'bb', who ranked nothing\. Did you mean 'b'"):
@@ -151,6 +151,9 @@ def test_rankings_must_fit_their_completions():
     [
         ({"prompt_id": "p", "ranks": []}, "a list of whole numbers from 1"),
         ({"prompt_id": "p", "ranks": [True, 2]}, "a list of whole numbers from 1"),
+        ({"prompt_id": "p", "ranks": [10**400]}, "from 1 to 1000"),
+        ({"prompt_id": "p", "ranks": [1], "simulated": "false"}, "must be true or false"),
+        ({"prompt_id": "p", "ranks": [1], "labeler": "\ud800"}, "half of a surrogate"),
         ({"prompt_id": "p", "rank": [1, 2]}, "Did you mean 'ranks' by 'rank'"),
     ],
 )

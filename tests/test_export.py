@@ -76,6 +76,16 @@ def test_unpaired_rows_by_hand(tmp_path):
     ]
 
 
+def test_who_counts_for_nothing_does_not_decide_what_is_good(tmp_path):
+    completions, _ = home(prompts=1)
+    rankings = [Ranking("p0", "ann", (1, 2, 3, 4)), Ranking("p0", "bob", (4, 3, 2, 1)), Ranking("p0", "cy", (4, 3, 2, 1))]
+    export(completions, rankings, "unpaired", tmp_path / "u.jsonl", labeler_weights={"bob": 0.0, "cy": 0.5})
+    rows = [json.loads(line) for line in (tmp_path / "u.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert [(r["label"], r["weight"]) for r in rows] == [
+        (True, pytest.approx(1 / 3)), (True, pytest.approx(1 / 9)), (False, pytest.approx(1 / 9)), (False, pytest.approx(1 / 3)),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_dataset_loads(tmp_path, monkeypatch, chat):
     from datasets import get_dataset_config_names, load_dataset
@@ -109,6 +119,9 @@ def test_mistakes(tmp_path):
         export(completions, rankings, "pairs", tmp_path / "there.jsonl")
     with pytest.raises(UserError, match="nothing to write"):
         export(completions, [Ranking("p0", "ann", (None,) * 4)], "pairs", tmp_path / "x.jsonl")
+    for kind in ("pairs", "unpaired"):
+        with pytest.raises(UserError, match="ties only"):
+            export(completions, [Ranking("p0", "ann", (1,) * 4)], kind, tmp_path / "x.jsonl")
     chats, _ = home(chat=True)
     with pytest.raises(UserError, match="Some prompts are chats"):
         export({**completions, "p1": chats["p1"]}, rankings, "dataset", tmp_path / "d")

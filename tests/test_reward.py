@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -487,6 +488,16 @@ def test_ties_stand_in_the_loss_with_their_weights():
         expected = (2.0 * loss_by_hand(kind, 0.8, parameter)[0] + 0.5 * loss_by_hand(kind, 0.5, parameter)[1]) / 2.5
         assert float(model.loss(scores, [g], [0])) == pytest.approx(expected, rel=1e-5)
     assert float(Comparison(RewardSettings()).loss(scores, [g], [0])) == pytest.approx(np.log1p(np.exp(-0.8)), rel=1e-5)
+
+
+def test_prompts_count_by_their_weight():
+    """A labeler's weight counts among prompts too: where they are the only one who ranked a prompt, it cannot count within it."""
+    scores, groups = (
+        torch.tensor([1.0, 0.2, 0.5, 0.0]),
+        [replace(group(n, "xy", [(0, 1, w)]), weight=w) for n, w in (("a", 2.0), ("b", 0.5))],
+    )
+    expected = (2.0 * np.log1p(np.exp(-0.8)) + 0.5 * np.log1p(np.exp(-0.5))) / 2
+    assert float(Comparison(RewardSettings()).loss(scores, groups, [0, 2])) == pytest.approx(expected, rel=1e-5)
 
 
 def test_margin_by_rank_distance():

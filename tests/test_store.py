@@ -163,6 +163,18 @@ def test_a_lease_ends_and_another_gets_the_item_and_nothing_is_lost(make):
     assert len(list(store.rankings())) == 2
 
 
+def test_what_another_has_done_meanwhile_is_not_asked_for_again(make):
+    clock = Clock()
+    store = make(clock, lease=60)
+    store.add_items(completions(2))
+    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    late = store.next(ann)
+    clock.now += 61
+    done = work(store, bob)
+    assert late.prompt.id in done and store.next(ann) is None
+    assert store.submit(ann, late.id, answer(), "k")  # but is kept if she sends it all the same
+
+
 def test_a_request_that_comes_twice_counts_once(make):
     store = make()
     store.add_items(completions(2))
@@ -171,6 +183,40 @@ def test_a_request_that_comes_twice_counts_once(make):
     assert store.submit(ann, given.id, answer(), "key", seconds=5.0) is True
     assert store.submit(ann, given.id, answer(3, 2, 1), "key", seconds=5.0) is False
     assert [r.ranks for r in store.rankings()] == [(1, 2, 2)]
+    again, bob = store.next(ann), store.add_person("bob", "labeler")
+    assert store.submit(ann, again.id, answer(), "key")  # a name is an item's own
+    assert len(list(store.rankings())) == 2 and store.next(bob) is None
+
+
+def test_the_criterion_is_the_one_that_was_shown(make):
+    clock = Clock()
+    store = make(clock)
+    first = store.set_criterion("one")
+    store.add_items(completions(1))
+    ann = store.add_person("ann", "labeler")
+    given = store.next(ann)
+    clock.now += 1
+    store.set_criterion("two")
+    store.submit(ann, given.id, answer(), "k")
+    assert [r.criterion for r in store.rankings()] == [first]
+
+
+def test_edits_at_once_keep_the_whole_history(make):
+    """Each change's before is another one's after, and the time adds up."""
+    store = make()
+    store.add_items(completions(1))
+    ann = store.add_person("ann", "labeler")
+    given = store.next(ann)
+    edit = lambda k: store.submit(ann, given.id, Label((1, 2, 3), note=str(k)), str(k), seconds=1.0)
+    drafts = lambda k: store.save_draft(ann, given.id, {"k": k})
+    threads = [threading.Thread(target=f, args=(k,)) for k in range(12) for f in (edit, drafts)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    log = [e for e in store.log() if e["what"] in ("submitted", "changed")]
+    assert len(log) == 12 and log[0]["before"] is None
+    assert [e["before"]["note"] for e in log[1:]] == [e["after"]["note"] for e in log[:-1]]
+    with store._engine.begin() as connection:
+        row = connection.execute(select(assignments)).one()
+    assert row.seconds == 12.0 and row.state == "done" and len(list(store.rankings())) == 1
 
 
 def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
@@ -189,6 +235,7 @@ def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
     assert [r.ranks for r in store.rankings()] == [(None, 1, 1)]
     assert [r.criterion for r in store.rankings()] == [first]  # a change does not move it to another version
     assert store.progress()["skipped"] == 1 and [h.state for h in store.history(ann)] == ["skipped", "done"]
+    store.submit(ann, b.id, Label(reason="unclear"), "3")
     log = [(e["who"], e["what"], e["before"] and e["before"]["ranks"], e["after"]) for e in store.log() if e["assignment"]]
     assert [x[:3] for x in log] == [
         ("ann", "opened", None), ("ann", "submitted", None), ("ann", "changed", [1, 2, 2]), ("ann", "opened", None), ("ann", "skipped", None),
@@ -199,6 +246,7 @@ def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
 
 
 def test_calibration_first_then_gold_and_repetitions_unseen(make):
+    gold_prompts = {f"p{i}" for i in range(200, 230)}
     store = make(overlap=1, gold_share=0.2, repeat_share=0.2, repeat_after=5)
     store.add_items(completions(60))
     store.add_items(completions(3, start=100), "calibration", gold={f"p{i}": [1, 2, 3] for i in range(100, 103)})
@@ -206,9 +254,11 @@ def test_calibration_first_then_gold_and_repetitions_unseen(make):
     ann = store.add_person("ann", "labeler")
     kinds, prompts = [], []
     while (given := store.next(ann)) is not None:
-        kinds.append(given.kind)
+        assert given.gold is None  # nothing tells an item whose answer is known
+        kinds.append("calibration" if given.calibration else "gold" if given.prompt.id in gold_prompts else "real")
         prompts.append(given.prompt.id)
-        store.submit(ann, given.id, answer(), str(given.id))
+        store.submit(ann, given.id, answer(), "key")
+        assert store.assignment(ann, given.id).gold == ((1, 2, 3) if given.calibration else None)
     assert kinds[:3] == ["calibration"] * 3 and kinds.count("calibration") == 3
     again = [i for i, p in enumerate(prompts) if p in prompts[:i]]
     assert 5 <= kinds.count("gold") <= 30 and 5 <= len(again) <= 30
@@ -249,6 +299,26 @@ def test_only_ones_own(make):
 def test_labels_that_are_wrong(label, message):
     with pytest.raises(UserError, match=message):
         label.check(3)
+
+
+def test_what_no_database_holds_is_a_sentence(make):
+    store = make()
+    ann = store.add_person("ann", "labeler")
+    store.add_items(completions(1))
+    given = store.next(ann)
+    texts = lambda key, text="x", theme="": {key: [Completion(Prompt(key, "q", theme), text, True, k) for k in range(2)]}
+    for call in (
+        lambda: store.submit(ann, given.id, answer(), "k" * 101),
+        lambda: store.add_person("a\x00b", "labeler"),
+        lambda: store.set_criterion("\ud800"),
+        lambda: store.add_items(texts("i" * 501)),
+        lambda: store.add_items(texts("i", "\ud800")),
+        lambda: store.add_items(texts("i", theme="t" * 201)),
+        lambda: store.submit(ann, 2**40, answer(), "k"),
+    ):
+        with pytest.raises(UserError):
+            call()
+    assert store.check_password("ann", "\ud800") is None and store.progress()["items"] == 1
 
 
 def test_items_that_are_wrong(make):
@@ -362,3 +432,8 @@ def test_a_store_that_cannot_be_opened_is_a_sentence(tmp_path):
     for where in (tmp_path / "x", tmp_path / "none" / "x.db", "postgresql://nobody@localhost:1/x", "nosuch://x"):
         with pytest.raises(UserError, match="cannot be opened"):
             Store.open(where)
+    with pytest.raises(UserError) as told:
+        Store.open("postgresql://me:S3cret@localhost:1/x")
+    assert "S3cret" not in str(told.value)
+    Store.open(tmp_path / "a?b=1.db").close()
+    assert (tmp_path / "a?b=1.db").exists()

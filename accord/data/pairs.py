@@ -35,21 +35,29 @@ def pairs_of(ranking: Ranking, fail_weight: float = 1.0) -> tuple[list[Pair], li
     return pairs, ties
 
 
-def scored_by_rank(completions: dict[str, list[Completion]], rankings: Sequence[Ranking]) -> list[Logged]:
+def scored_by_rank(
+    completions: dict[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
+) -> list[Logged]:
     """Each ranked completion with a score in [-1, 1]: the share of the prompt's others it stands above minus the share it
     stands below, averaged over labelers (Borda's count). F stands below every rank; completions without a ranking are left out.
     """
-    given: dict[tuple[str, int], list[float]] = defaultdict(list)
+    given: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for ranking in rankings:
         answers_of(ranking, completions)
+        trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
+        if trust <= 0:
+            continue
         places = [math.inf if rank is None else rank for rank in ranking.ranks]
         for k, place in enumerate(places):
             if len(places) > 1:
                 above, below = sum(place < other for other in places), sum(place > other for other in places)
-                given[ranking.prompt_id, k].append((above - below) / (len(places) - 1))
+                given[ranking.prompt_id, k].append(((above - below) / (len(places) - 1), trust))
     if not given:
         raise UserError("The rankings compare no two completions, so no scores follow from them.")
-    return [Logged(completions[prompt][k], sum(scores) / len(scores)) for (prompt, k), scores in given.items()]
+    return [
+        Logged(completions[prompt][k], math.fsum(s * w for s, w in scores) / math.fsum(w for _, w in scores))
+        for (prompt, k), scores in given.items()
+    ]
 
 
 def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> list[Completion]:
@@ -77,7 +85,7 @@ def group_pairs(
     itself, so it is dropped.
 
     Args:
-        labeler_weights: what a labeler's rankings count for; 1 for those not named.
+        labeler_weights: what a labeler's rankings count for, within a prompt and among prompts; 1 for those not named.
 
     Raises:
         UserError: a ranking is of other completions, a labeler ranked a prompt twice, or a weight is of nobody who ranked.
@@ -104,7 +112,8 @@ def group_pairs(
                         kind[pair[:2]].append(pair._replace(weight=pair.weight * trust))
         pairs, ties = (tuple(_together(some) for some in kind.values()) for kind in found)
         if pairs or ties:
-            groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties))
+            trusts = [(labeler_weights or {}).get(ranking.labeler, 1.0) for ranking in given]
+            groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties, sum(trusts) / len(trusts)))
     return groups
 
 

@@ -99,6 +99,8 @@ class PairGroup:
     completions: tuple[Completion, ...]
     pairs: tuple[Pair, ...]
     ties: tuple[Pair, ...] = ()
+    weight: float = 1.0
+    """What the prompt counts for among others: the mean weight of the labelers who ranked it."""
 
 
 @dataclass

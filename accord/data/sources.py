@@ -12,6 +12,7 @@ from accord.disk import read_object, read_text
 from accord.errors import UserError, did_you_mean, first_line
 from accord.text.tokenizer import ROLES
 
+MOST_RANKS = 1000
 PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
 
 
@@ -182,7 +183,7 @@ def read_pairs(source: str | Path) -> list[PairGroup]:
             raise UserError(f"{place}: chosen and rejected are equal, so the pair teaches nothing; delete the row.")
         key = json.dumps(content)
         prompt_id = str(row.get("id") or row.get("prompt_id") or f"row-{number:05d}")
-        prompt, completions, pairs = groups.setdefault(key, (Prompt(prompt_id, content), [], []))
+        prompt, completions, pairs = groups.setdefault(key, (Prompt(prompt_id, content, str(row.get("theme") or "")), [], []))
         indices = []
         for text in sides:
             known = next((c.index for c in completions if c.text == text), None)
@@ -212,7 +213,10 @@ def _group(row: dict[str, Any], place: str, number: int) -> PairGroup:
     )
     if not pairs and not ties:
         raise UserError(f"{place} has neither pairs nor ties, so it teaches nothing; delete the row.")
-    return PairGroup(prompt, tuple(completions), pairs, ties)
+    weight = 1.0 if row.get("weight") is None else row["weight"]
+    if not _number(weight) or weight <= 0:
+        raise UserError(f"{place}: field 'weight' is {weight!r}; it must be a number above 0.")
+    return PairGroup(prompt, tuple(completions), pairs, ties, float(weight))
 
 
 def _pair(given: Any, count: int, place: str) -> Pair:
@@ -331,17 +335,21 @@ def read_rankings(source: str | Path) -> list[Ranking]:
     rankings = []
     for place, row in read_rows(source):
         ranks = row.get("ranks")
-        good = isinstance(ranks, list) and ranks and all(r == "F" or (type(r) is int and r >= 1) for r in ranks)
-        if not good or not row.get("prompt_id"):
+        good = isinstance(ranks, list) and ranks and all(r == "F" or (type(r) is int and 1 <= r <= MOST_RANKS) for r in ranks)
+        if not good or row.get("prompt_id") in (None, ""):
             hint = _mistyped(row, [name for name in ("prompt_id", "ranks") if not row.get(name)])
-            raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 and \"F\".{hint}")
+            raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 to {MOST_RANKS} and \"F\".{hint}")
+        if not isinstance(row.get("simulated", False), bool):
+            raise UserError(f"{place}: 'simulated' is {row['simulated']!r}; it must be true or false.")
+        for name in ("prompt_id", "labeler", "criterion"):
+            _check_unicode(str(row.get(name)), place, name)
         rankings.append(
             Ranking(
                 str(row["prompt_id"]),
-                str(row.get("labeler") or "unknown"),
+                "unknown" if row.get("labeler") in (None, "") else str(row["labeler"]),
                 tuple(None if r == "F" else r for r in ranks),  # type: ignore[union-attr]
                 str(row.get("criterion") or ""),
-                bool(row.get("simulated", False)),
+                row.get("simulated", False),
             )
         )
     return rankings

@@ -1,7 +1,8 @@
 """How far labelers agree, with each other and with known answers, and how much each is worth.
 
 Everything is computed from raw rankings. Two completions that a labeler ranked are a *comparison*: -1 (the first is
-better), 0 (they share a rank, or both are ``F``) or 1. ``F`` stands below every rank.
+better), 0 (they share a rank, or both are ``F``) or 1. ``F`` stands below every rank. Which of the two is called the first
+means nothing, so statistics that know the values take every comparison from both sides.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def dawid_skene(votes: Iterable[tuple[Hashable, str, Any]], iterations: int = 20
         np.add.at(counts, (who, mark), posterior[u])
         everyone = counts.sum(0) + 1e-9
         counts += smoothing * everyone / everyone.sum(0)
-        given_true = counts / counts.sum(1, keepdims=True)
+        given_true = counts / (counts.sum(1, keepdims=True) + 1e-300)
         log = np.tile(np.log(posterior.mean(0) + 1e-300), (len(units), 1))
         np.add.at(log, u, np.log(given_true[who, mark] + 1e-300))
         moved = np.exp(log - log.max(1, keepdims=True))
@@ -187,13 +188,19 @@ def dawid_skene(votes: Iterable[tuple[Hashable, str, Any]], iterations: int = 20
     )
 
 
+def quality_of(rankings: Iterable[Ranking]) -> DawidSkene:
+    """:func:`dawid_skene` of the rankings' comparisons."""
+    both = ((c, side) for c in comparisons(rankings) for side in (1, -1))
+    return dawid_skene(((c.prompt, c.first, c.second, side), c.labeler, side * c.value) for c, side in both)
+
+
 def labeler_weights(rankings: Sequence[Ranking]) -> dict[str, float]:
     """What each labeler's rankings should count for in reward training, from how their comparisons agree with all others'.
 
     The log-odds of being right against a given wrong answer (:func:`dawid_skene`), which is how independent witnesses are best
     weighed, not below 0, divided by their mean.
     """
-    found = dawid_skene(((c.prompt, c.first, c.second), c.labeler, c.value) for c in comparisons(rankings))
+    found = quality_of(rankings)
     wrong = max(len(found.categories) - 1, 1)
     odds = {who: max(0.0, math.log(q * wrong / (1 - q))) for who, raw in found.quality.items() for q in [min(max(raw, 0.01), 0.99)]}
     mean = sum(odds.values()) / len(odds)
@@ -222,7 +229,7 @@ class Agreement:
     Attributes:
         with_ties: share of the comparisons of two labelers of one prompt that are the same of better, equal, worse.
         without_ties: the same where neither says equal.
-        alpha: Krippendorff's, ordinal, of the comparisons.
+        alpha: Krippendorff's, ordinal, of the comparisons, each from both sides.
         kendall_w: mean of the prompts' coefficients.
         kappa_fail: of ``F`` or not, completion by completion: Cohen's, the mean over pairs of labelers weighted by what they share.
         disputed: prompts by agreement, the least first.
@@ -259,7 +266,7 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
     w = {p: value for p, value in w.items() if not math.isnan(value)}
     rates = {p: float(a / n) for p, (a, n) in zip(names, counts.same, strict=True) if n}
     everyone = [r for given in people.values() for r in given]
-    quality = dawid_skene(((c.prompt, c.first, c.second), c.labeler, c.value) for c in comparisons(everyone)).quality if rates else {}
+    quality = quality_of(everyone).quality if rates else {}
     return Agreement(
         prompts=len(people),
         rankings=len(everyone),
@@ -330,7 +337,8 @@ class _Counts:
         return cls(same, strict, coincidence, shape, np.array(prompt, dtype=int), np.array(pair, dtype=int))
 
     def alpha(self, times: np.ndarray) -> float:
-        return _alpha(np.tensordot(times, self.coincidence, 1), (-1, 0, 1), "ordinal")
+        one_side = np.tensordot(times, self.coincidence, 1)
+        return _alpha(one_side + one_side[::-1, ::-1], (-1, 0, 1), "ordinal")
 
     def kappa(self, times: np.ndarray) -> float:
         if not len(self.pair):

@@ -52,15 +52,17 @@ def export(
     groups = group_pairs(given, rankings, fail_weight, labeler_weights)
     if not groups:
         raise UserError("No pair and no tie follows from these rankings, so there is nothing to write.")
+    if kind != "groups" and not any(group.pairs for group in groups):
+        raise UserError("These rankings hold ties only, and no pair follows from them; --as groups keeps ties.")
     if kind == "dataset":
         pairs = list(pair_rows(groups))
         with whole_folder(out) as aside:
-            _write_dataset(aside, out.name, given, rankings, pairs)
+            _write_dataset(aside, out.name, given, rankings, pairs, list(unpaired_rows(given, rankings, labeler_weights)))
         return len(pairs)
     rows = {
         "groups": lambda: group_rows(groups, rankings),
         "pairs": lambda: pair_rows(groups),
-        "unpaired": lambda: unpaired_rows(given, rankings),
+        "unpaired": lambda: unpaired_rows(given, rankings, labeler_weights),
     }[kind]()
     count = 0
 
@@ -89,6 +91,7 @@ def group_rows(groups: Sequence[PairGroup], rankings: Iterable[Ranking]) -> Iter
             ],
             "pairs": [pair._asdict() for pair in group.pairs],
             "ties": [tie._asdict() for tie in group.ties],
+            "weight": group.weight,
             "rankings": dict(Counter(r.criterion for r in own)),
         }
 
@@ -105,12 +108,14 @@ def pair_rows(groups: Iterable[PairGroup]) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def unpaired_rows(completions: dict[str, list[Completion]], rankings: Sequence[Ranking]) -> Iterator[dict[str, Any]]:
+def unpaired_rows(
+    completions: dict[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
+) -> Iterator[dict[str, Any]]:
     """A row a completion: good (``label``) if it stands above more of its prompt's others than below, averaged over labelers;
     ``weight`` is by how much (:func:`accord.data.pairs.scored_by_rank`). One that stands in the middle is neither."""
-    for logged in scored_by_rank(completions, rankings):
+    for logged in scored_by_rank(completions, rankings, labeler_weights):
         c = logged.completion
-        if logged.score:
+        if abs(logged.score) > 1e-9:
             yield {
                 "id": c.prompt.id, "theme": c.prompt.theme, "split": SPLITS[split_of(c.prompt.id)], "prompt": c.prompt.content,
                 "completion": _answer(c.prompt, c), "label": logged.score > 0, "weight": abs(logged.score),
@@ -122,13 +127,17 @@ def _answer(prompt: Prompt, completion: Completion) -> Any:
 
 
 def _write_dataset(
-    folder: Path, name: str, completions: dict[str, list[Completion]], rankings: Sequence[Ranking], pairs: list[dict[str, Any]]
+    folder: Path,
+    name: str,
+    completions: dict[str, list[Completion]],
+    rankings: Sequence[Ranking],
+    pairs: list[dict[str, Any]],
+    unpaired: list[dict[str, Any]],
 ) -> None:
     ranked = {r.prompt_id for r in rankings}
     chats = {isinstance(group[0].prompt.content, list) for key, group in completions.items() if key in ranked}
     if len(chats) > 1:
         raise UserError("Some prompts are chats and some are texts, which one table cannot hold; export groups, or make them all one kind.")
-    unpaired = list(unpaired_rows(completions, rankings))
     configs: list[dict[str, Any]] = []
     for kind, rows in (("pairs", pairs), ("unpaired", unpaired)):
         files = []

@@ -66,7 +66,8 @@ events = Table(
     Column("person", ForeignKey("people.id")),
     Column("kind", String(40), nullable=False),
     Column("assignment", ForeignKey("assignments.id")),
-    Column("key", String(100), unique=True),  # the request's own name: the same one again changes nothing
+    Column("key", String(100)),  # the request's own name: the same one again changes nothing
     Column("before", JSON),
     Column("after", JSON),
+    UniqueConstraint("assignment", "key"),
 )  # fmt: skip

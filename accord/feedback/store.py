@@ -14,13 +14,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, Engine, create_engine, event, exists, func, insert, select, update
+from sqlalchemy import URL, Connection, Engine, and_, create_engine, event, exists, func, insert, make_url, or_, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from accord.data.records import Completion, Content, Prompt, Ranking
@@ -30,7 +30,7 @@ from accord.feedback.schema import assignments, criteria, events, items, people
 ROLES = ("owner", "reviewer", "labeler")
 Kind = Literal["real", "gold", "calibration"]
 FLAGS = ("toxic", "false", "refuses needlessly", "leaks", "other")
-QUEUE = 4_217  # PostgreSQL's advisory lock for giving out items
+QUEUE = 4_217  # PostgreSQL's advisory lock of whoever writes
 MOST = 9  # completions of a prompt: a digit each
 
 
@@ -105,18 +105,18 @@ class Assignment:
 
     Attributes:
         order: ``order[place]`` is the index of the completion shown there: shuffled by labeler, item and round, and always the same.
-        gold: known ranks. For the owner's statistics, and for feedback on calibration items; never shown before the answer.
+        calibration: it is one to begin with, whose ``gold`` ranks are shown after the answer. Other items with known ranks look like any.
     """
 
     id: int
     prompt: Prompt
     completions: tuple[str, ...]
     order: tuple[int, ...]
-    kind: Kind
+    calibration: bool
     state: str
     draft: Mapping[str, Any] | None = None
     label: Label | None = None
-    gold: tuple[int | None, ...] | None = field(default=None, repr=False)
+    gold: tuple[int | None, ...] | None = None
 
 
 class Store:
@@ -132,21 +132,23 @@ class Store:
         Raises:
             UserError: it cannot be opened.
         """
-        text = str(url)
-        if "://" not in text:
-            text = f"sqlite:///{Path(text).expanduser().absolute()}"
-        text = text.replace("postgresql://", "postgresql+psycopg://", 1)
+        shown = str(url)
         try:
-            engine = create_engine(text, pool_pre_ping=True)
+            if "://" in shown:
+                place = make_url(shown.replace("postgresql://", "postgresql+psycopg://", 1))
+            else:
+                place = URL.create("sqlite", database=str(Path(shown).expanduser().absolute()))
+            shown = place.render_as_string(hide_password=True)
+            engine = create_engine(place, pool_pre_ping=True)
             if engine.dialect.name == "sqlite":
                 event.listen(engine, "connect", _sqlite_connection)
                 event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             store = cls(engine, settings or QueueSettings.model_validate({}), clock)
-            with store._engine.begin() as connection:
+            with store._begin() as connection:
                 _migrate(connection)
                 connection.execute(update(items).values(wanted=items.c.taken < store.settings.overlap))
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"The label store {url} cannot be opened: {first_line(error)}") from None
+            raise UserError(f"The label store {shown} cannot be opened: {first_line(error)}") from None
         return store
 
     def close(self) -> None:
@@ -154,6 +156,15 @@ class Store:
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
+        with self._engine.begin() as connection:
+            # On PostgreSQL one writer after the other too, as SQLite has it: what was read still holds when it is written.
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(QUEUE)))
+            yield connection
+
+    @contextmanager
+    def _look(self) -> Iterator[Connection]:
+        """To read only; on PostgreSQL it waits for nobody."""
         with self._engine.begin() as connection:
             yield connection
 
@@ -167,8 +178,7 @@ class Store:
         """
         if role not in ROLES:
             raise UserError(f"There is no role '{role}'; there are {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
-        if not name.strip() or len(name) > 200:
-            raise UserError("A person needs a name of 1 to 200 characters.")
+        _check_text(name, "A person's name", 200)
         row = {
             "name": name.strip(),
             "role": role,
@@ -186,7 +196,7 @@ class Store:
 
     def person(self, name: str) -> Person | None:
         """An active person by name."""
-        with self._begin() as connection:
+        with self._look() as connection:
             row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
         return Person(row.id, row.name, row.role) if row is not None else None
 
@@ -194,8 +204,10 @@ class Store:
         """Who this is, or None. It takes as long for a name that there is not."""
         from argon2.exceptions import InvalidHashError, VerificationError
 
-        with self._begin() as connection:
+        with self._look() as connection:
             row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
+        if any("\ud800" <= c <= "\udfff" for c in password):
+            return None
         try:
             _hasher().verify(row.password if row is not None and row.password else _NOBODY(), password)
         except (VerificationError, InvalidHashError):
@@ -204,6 +216,7 @@ class Store:
 
     def set_criterion(self, text: str) -> str:
         """The text that labelers are shown from now on; its version follows from the text. Labels keep the version they were given by."""
+        _check_text(text, "A criterion", 10**6)
         version = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         with self._begin() as connection:
             row = {"version": version, "text": text, "created": self._clock()}
@@ -216,7 +229,7 @@ class Store:
 
     def criterion(self) -> tuple[str, str] | None:
         """(version, text) of the one that is in force."""
-        with self._begin() as connection:
+        with self._look() as connection:
             row = connection.execute(select(criteria).order_by(criteria.c.created.desc(), criteria.c.version)).first()
         return row and (row.version, row.text)
 
@@ -242,6 +255,11 @@ class Store:
         with self._begin() as connection:
             there = self._there(connection, list(completions))
             for key, group in completions.items():
+                _check_text(key, "A prompt's id", 500)
+                for part in (group[0].prompt.theme, *(c.text for c in group)):
+                    _check_text(part, f"Prompt '{key}': a theme or completion", 10**6, empty=True)
+                if len(group[0].prompt.theme) > 200:
+                    raise UserError(f"Prompt '{key}': its theme is longer than 200 characters.")
                 if not 2 <= len(group) <= MOST:
                     raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
                 texts = [{"text": c.text, "finished": c.finished} for c in group]
@@ -282,12 +300,9 @@ class Store:
         """What this labeler does next: what they have open, or something new, leased to them; None if there is nothing left."""
         now = self._clock()
         with self._begin() as connection:
-            if (
-                connection.dialect.name == "postgresql"
-            ):  # one after the other, as SQLite's writers are: two must not take one item's last place
-                connection.execute(select(func.pg_advisory_xact_lock(QUEUE)))
             self._end_leases(connection, now)
-            own = select(assignments).where(assignments.c.person == person.id, assignments.c.state.in_(("open", "late")))
+            own = select(assignments).join(items, items.c.id == assignments.c.item).where(assignments.c.person == person.id)
+            own = own.where(or_(assignments.c.state == "open", and_(assignments.c.state == "late", items.c.wanted)))
             row = connection.execute(own.order_by(assignments.c.id).limit(1)).one_or_none()
             if row is None:
                 found = self._choose(connection, person)
@@ -301,6 +316,7 @@ class Store:
                     "state": "open",
                     "lease": now + self.settings.lease,
                     "opened": now,
+                    "criterion": self._version(connection),
                 }
                 key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
                 self._take(connection, item, number, +1)
@@ -390,12 +406,15 @@ class Store:
             Prompt(row.prompt_id, row.content, row.theme),
             tuple(c["text"] for c in row.completions),
             tuple(int(k) for k in luck.permutation(len(row.completions))),
-            row.kind,
+            row.kind == "calibration",
             row.state,
             row.draft,
             row.label and Label.of(row.label),
-            None if row.gold is None else tuple(row.gold),
+            tuple(row.gold) if row.kind == "calibration" and row.label else None,
         )
+
+    def _version(self, connection: Connection) -> str | None:
+        return connection.execute(select(criteria.c.version).order_by(criteria.c.created.desc(), criteria.c.version)).scalar()
 
     def assignment(self, person: Person, key: int) -> Assignment:
         """One of this person's own, to look at or to change.
@@ -403,12 +422,13 @@ class Store:
         Raises:
             UserError: it is not theirs, or there is none.
         """
-        with self._begin() as connection:
+        with self._look() as connection:
             self._own(connection, person, key)
             return self._assignment(connection, key)
 
     def _own(self, connection: Connection, person: Person, key: int) -> Any:
-        row = connection.execute(select(assignments).where(assignments.c.id == key, assignments.c.person == person.id)).one_or_none()
+        mine = select(assignments).where(assignments.c.id == key, assignments.c.person == person.id)
+        row = connection.execute(mine).one_or_none() if 0 < key < 2**31 else None
         if row is None:
             raise UserError(f"There is no item {key} that was given to '{person.name}'.")
         return row
@@ -422,7 +442,7 @@ class Store:
         """Record an answer, or another one in its place; the event log has both.
 
         Args:
-            request: the request's own name. With one that was taken before nothing changes.
+            request: the request's own name. With one that was taken before for this item nothing changes.
             seconds: time on the item.
 
         Returns:
@@ -431,43 +451,40 @@ class Store:
         Raises:
             UserError: the item is not theirs, or the label does not fit it.
         """
+        _check_text(request, "A request's name", 100)
         now = self._clock()
-        try:
-            with self._begin() as connection:
-                row = self._own(connection, person, key)
-                if connection.execute(select(events.c.id).where(events.c.key == request)).first():
-                    return False
-                count = len(connection.execute(select(items.c.completions).where(items.c.id == row.item)).scalar_one())
-                label.check(count)
-                version = connection.execute(select(criteria.c.version).order_by(criteria.c.created.desc(), criteria.c.version)).scalar()
-                state = "skipped" if label.reason else "done"
-                kind = "changed" if row.label else "skipped" if label.reason else "submitted"
-                self._note(connection, kind, person.id, key, request, row.label, label.to_json())
-                holding, now_holding = row.state in ("open", "done"), state == "done"
-                self._take(connection, row.item, row.round, now_holding - holding)
-                values = {
-                    "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
-                    "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or version,
-                }  # fmt: skip
-                connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
-        except IntegrityError:  # the same request came twice at once, and the other one was first
-            return False
+        with self._begin() as connection:
+            row = self._own(connection, person, key)
+            if connection.execute(select(events.c.id).where(events.c.assignment == key, events.c.key == request)).first():
+                return False
+            count = len(connection.execute(select(items.c.completions).where(items.c.id == row.item)).scalar_one())
+            label.check(count)
+            state = "skipped" if label.reason else "done"
+            kind = "changed" if row.label else "skipped" if label.reason else "submitted"
+            self._note(connection, kind, person.id, key, request, row.label, label.to_json())
+            holding, now_holding = row.state in ("open", "done"), state == "done"
+            self._take(connection, row.item, row.round, now_holding - holding)
+            values = {
+                "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
+                "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or self._version(connection),
+            }  # fmt: skip
+            connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
         return True
 
     # What came of it.
 
     def history(self, person: Person, limit: int = 50) -> list[Assignment]:
         """This person's own answers, the last first."""
-        with self._begin() as connection:
+        with self._look() as connection:
             query = select(assignments.c.id).where(assignments.c.person == person.id, assignments.c.state != "open")
             keys = connection.execute(query.order_by(assignments.c.closed.desc(), assignments.c.id.desc()).limit(limit)).scalars().all()
             return [self._assignment(connection, key) for key in keys]
 
     def rankings(self, kind: Kind | None = "real", number: int = 0, chunk: int = 1000) -> Iterator[Ranking]:
-        """Every ranking that stands, in the order of the items; skipped items are none. ``number`` 1: of items that were shown again."""
+        """Every ranking that stands, in the order in which they were given out; skipped items are none. ``number`` 1: of items that were shown again."""
         last = 0
         while True:
-            with self._begin() as connection:
+            with self._look() as connection:
                 query = select(assignments.c.id, assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
                 query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
                 query = query.where(assignments.c.state == "done", assignments.c.round == number, assignments.c.id > last)
@@ -482,7 +499,7 @@ class Store:
 
     def completions(self) -> dict[str, list[Completion]]:
         """The real items' prompts and completions, as they were imported."""
-        with self._begin() as connection:
+        with self._look() as connection:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
         out = {}
         for row in rows:
@@ -492,7 +509,7 @@ class Store:
 
     def progress(self) -> dict[str, int]:
         """Real items, those that have all their rankings, rankings, skips."""
-        with self._begin() as connection:
+        with self._look() as connection:
             count = lambda *where: int(
                 connection.execute(
                     select(func.count())
@@ -515,7 +532,7 @@ class Store:
 
     def log(self, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
         """Events in their order: who, what, when, before, after."""
-        with self._begin() as connection:
+        with self._look() as connection:
             query = select(events, people.c.name).join(people, people.c.id == events.c.person, isouter=True).where(events.c.id > after)
             rows = connection.execute(query.order_by(events.c.id).limit(limit)).all()
         return [
@@ -540,6 +557,12 @@ class Store:
 def _share(name: str) -> float:
     """A number from 0 to 1 that follows from a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def _check_text(text: str, what: str, most: int, empty: bool = False) -> None:
+    """Refuse what a database does not hold."""
+    if (not text.strip() and not empty) or len(text) > most or "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{what} must have {'at most' if empty else '1 to'} {most} characters, without NUL and half surrogate pairs.")
 
 
 def _content(value: Any) -> Content:

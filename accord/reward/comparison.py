@@ -72,7 +72,7 @@ class Comparison(nn.Module):
         return torch.logsumexp(torch.stack([d / 2, -d / 2, self.parameter.to(d.dtype).expand_as(d)]), 0)
 
     def loss(self, scores: Tensor, groups: Sequence[PairGroup], offsets: Sequence[int]) -> Tensor:
-        """Mean over groups of the weighted mean over a group's comparisons of -log P (Ouyang et al. 2022, eq. 1).
+        """Mean over groups, times their weights, of the weighted mean over a group's comparisons of -log P (Ouyang et al. 2022, eq. 1).
 
         A preference over ``distance`` ranks must be won by ``margin * (distance - 1)`` (Touvron et al. 2023, eq. 2).
 
@@ -87,7 +87,7 @@ class Comparison(nn.Module):
                     losses.append(loss(differences(scores, pairs, at), pairs))
                     weights.append(scores.new_tensor([pair.weight for pair in pairs]))
             weight = torch.cat(weights)
-            total = total + (torch.cat(losses) * weight).sum() / weight.sum()
+            total = total + group.weight * (torch.cat(losses) * weight).sum() / weight.sum()
         return total / len(groups)
 
     def _won(self, d: Tensor, pairs: Sequence[Pair]) -> Tensor:

@@ -130,7 +130,7 @@ def digest(groups: Sequence[PairGroup]) -> str:
     found = hashlib.sha256()
     for g in groups:
         completions = [[c.text, c.finished, c.tokens] for c in g.completions]
-        found.update(json.dumps([g.prompt.id, g.prompt.content, completions, g.pairs, g.ties]).encode())
+        found.update(json.dumps([g.prompt.id, g.prompt.content, completions, g.pairs, g.ties, g.weight]).encode())
     return found.hexdigest()[:16]
 
 
@@ -352,7 +352,7 @@ def _report(
 def _ties(comparison: Comparison, pairs: list[_Compared], ties: list[_Compared]) -> dict[str, float]:
     every = [*pairs, *ties]
     weights = np.array([c.weight for c in every])
-    chances = torch.exp(-comparison.tied(torch.tensor([c.difference for c in every]))).cpu().numpy()
+    chances = torch.exp(-comparison.tied(torch.tensor([c.difference for c in every], device=comparison.threshold.device))).cpu().numpy()
     tied = sum(c.weight for c in ties)
     return {
         "threshold": float(comparison.threshold),

@@ -63,9 +63,10 @@ def upgrade() -> None:
         sa.Column("person", sa.Integer, sa.ForeignKey("people.id")),
         sa.Column("kind", sa.String(40), nullable=False),
         sa.Column("assignment", sa.Integer, sa.ForeignKey("assignments.id")),
-        sa.Column("key", sa.String(100), unique=True),
+        sa.Column("key", sa.String(100)),
         sa.Column("before", sa.JSON),
         sa.Column("after", sa.JSON),
+        sa.UniqueConstraint("assignment", "key"),
     )
 
 
