@@ -124,7 +124,7 @@ def main():
         gain = weighed - plain
         drawn = [gain[luck.integers(0, len(gain), len(gain))].mean() for _ in range(DRAWS)]
         low, high = np.percentile(drawn, [2.5, 97.5])
-        verdicts.append(low > 0)
+        verdicts.append("helps" if low > 0 else "harms" if high < 0 else "is not shown to help or harm")
         lines.append(
             f"| {count} | {plain.mean():.4f} | {weighed.mean():.4f} | {100 * gain.mean():+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] |"
         )
@@ -134,9 +134,7 @@ def main():
     ]
     longer = np.mean([(a > b) == (g == "a1") for a, b, g in lengths])
     counts = Counter(r.labeler for row in rows for r in rankings_of(row))
-    told = (
-        "Weighting helps at every number of votes." if all(verdicts) else "Where the interval reaches zero, weighting is not shown to help."
-    )
+    told = "Weighting " + ", ".join(f"{verdict} with {count} votes" for count, verdict in zip(VOTES, verdicts, strict=True)) + "."
     lines += [
         "",
         f"{told} Half of the workers gave {int(np.median(list(counts.values())))} votes or fewer, so little is known of most of them.",

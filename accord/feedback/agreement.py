@@ -142,7 +142,7 @@ class DawidSkene:
     quality: dict[str, float]
 
 
-def dawid_skene(votes: Iterable[tuple[Hashable, str, Any]], iterations: int = 200, smoothing: float = 1.0) -> DawidSkene:
+def dawid_skene(votes: Iterable[tuple[Hashable, str, Any]], iterations: int = 200, smoothing: float = 5.0) -> DawidSkene:
     """Expectation maximisation of Dawid & Skene (1979), from the votes' shares.
 
     Args:
