@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accord.checkpoints import drop_folder, until_done
+from accord.checkpoints import until_done
 from accord.config import RLSettings, SampleSettings, build
 from accord.data.pairs import group_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
@@ -154,7 +154,7 @@ def save_reward(
     """
     with until_done(beside(out)) as checkpoints:
         if out.exists() and not again:  # another process has been faster
-            raise UserError(f"{out} already exists; choose another --out or delete it.")
+            raise _there_already(out)
         model, report = train_reward_model(policy, train, heldout, settings, checkpoints, allow_changes)
         model.save(out, report.to_json())
     return model, report
@@ -173,13 +173,15 @@ def refuse_reward(out: Path) -> Path:
     """
     out = out.expanduser().resolve()
     if out.exists():
-        if out.name:
-            drop_folder(beside(out), only_left=True)
-        if out.name and beside(out).is_dir():
+        if out.name:  # which / has not
             with suppress(UserError), until_done(beside(out)):  # not while another process is at it, nor what is not ours
                 pass
-        raise UserError(f"{out} already exists; choose another --out or delete it.")
+        raise _there_already(out)
     return out
+
+
+def _there_already(out: Path) -> UserError:
+    return UserError(f"{out} already exists; choose another --out or delete it.")
 
 
 def train_rl(

@@ -120,7 +120,7 @@ class Checkpoints:
     def forget(self) -> None:
         """Drop every checkpoint."""
         for path in self.root.glob("step-*"):
-            patiently(self.root, lambda path=path: drop_folder(path))  # type: ignore[misc]
+            self._drop(path)
 
     def _drop_old(self) -> None:
         found = [c for c in self.all() if _signed(c[1])]  # what a damaged manifest says decides nothing
@@ -130,7 +130,10 @@ class Checkpoints:
             keep.add(max(scored, key=lambda c: c[2]["score"])[1])
         for _, path, _ in found:
             if path not in keep:
-                patiently(self.root, lambda path=path: drop_folder(path))  # type: ignore[misc]
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        patiently(self.root, lambda: drop_folder(path))
 
 
 @contextmanager
@@ -148,7 +151,7 @@ def until_done(folder: Path) -> Iterator[Checkpoints]:
         foreign = sorted(p.name for p in folder.iterdir() if not re.fullmatch(r"\.lock|step-\d+|\.(writing|dropping)-.*", p.name))
         if foreign:
             raise UserError(f"{folder} is where checkpoints would be kept, and it holds something else ({foreign[0]}); move that folder.")
-        drop_folder(folder, only_left=True)
+        shutil.rmtree(_out_of_sight(folder), ignore_errors=True)  # of a process that ended while it deleted
         checkpoints = Checkpoints(folder)
         checkpoints.clean()
         try:
@@ -160,17 +163,36 @@ def until_done(folder: Path) -> Iterator[Checkpoints]:
         patiently(folder.parent, lambda: drop_folder(folder))
 
 
-def drop_folder(path: Path, only_left: bool = False) -> None:
-    """Out of sight at once, then deleted: one that is half deleted is never taken for a damaged one.
-
-    Args:
-        only_left: delete only what a process left that ended in the middle of this.
-    """
-    aside = path.with_name(f".dropping-{path.name}")
+def drop_folder(path: Path) -> None:
+    """Out of sight at once, then deleted: one that is half deleted is never taken for a damaged one."""
+    aside = _out_of_sight(path)
     shutil.rmtree(aside, ignore_errors=True)
-    if not only_left:
-        os.replace(path, aside)
-        shutil.rmtree(aside)
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _out_of_sight(path: Path) -> Path:
+    return path.with_name(f".dropping-{path.name}")
+
+
+# What a checkpoint holds of an optimizer.
+
+
+def adam_state(adam: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moments and step counts of named parameters."""
+    return {f"{name}/{key}": torch.as_tensor(value) for name, p in parameters.items() for key, value in adam.state.get(p, {}).items()}
+
+
+def load_adam_state(adam: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Take over what :func:`adam_state` gave."""
+    for name, p in parameters.items():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in state]
+        adam.state[p] = {key: state[f"{name}/{key}"].to(p.device, copy=True) for key in keys}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of the name."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _sums(folder: Path) -> str:

@@ -24,6 +24,7 @@ from accord.config import (
     load_yaml,
     recipe_text,
 )
+from accord.data.records import Completion, Ranking
 from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean
 from accord.progress import console, orderly_stop
@@ -50,6 +51,23 @@ def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse
         name = word.split("=")[0]
         if name.startswith("--") and name not in known:
             raise UserError(f"Unknown option '{name}'.{did_you_mean(name, known)} See: {parser.prog} {words[0]} --help")
+
+
+def add_ranked(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What :func:`read_ranked` reads."""
+    parser.add_argument("--completions", required=required, help="completions that --rankings speak of (from accord sample)")
+    parser.add_argument("--rankings", required=required, help="raw rankings: prompt_id, labeler, ranks")
+    parser.add_argument(
+        "--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)"
+    )
+
+
+def read_ranked(arguments: argparse.Namespace) -> tuple[dict[str, list[Completion]], list[Ranking], dict[str, float] | None]:
+    """Completions, rankings of them, and labelers' weights if they are given."""
+    from accord.data.sources import read_completions, read_rankings, read_weights
+
+    weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
+    return read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), weights
 
 
 def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -126,11 +144,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     reward.add_argument("--model", default=BUNDLED, help=MODEL_HELP + "; the reward model shares its trunk")
     reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
-    reward.add_argument("--completions", help="completions that --rankings speak of (from accord sample)")
-    reward.add_argument("--rankings", help="raw rankings: prompt_id, labeler, ranks")
-    reward.add_argument(
-        "--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)"
-    )
+    add_ranked(reward, required=False)
     reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
     reward.add_argument(
         "--out", type=Path, required=True, help="folder to save the reward model in; the same command goes on with a training that was cut"
@@ -153,8 +167,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "Rankings and their completions as training data that others read too.",
         "accord export --completions sampled.jsonl --rankings rankings.jsonl --as dataset --out my-preferences",
     )
-    out.add_argument("--completions", required=True, help="completions that --rankings speak of (from accord sample)")
-    out.add_argument("--rankings", required=True, help="raw rankings: prompt_id, labeler, ranks")
+    add_ranked(out, required=True)
     out.add_argument(
         "--as",
         dest="kind",
@@ -166,7 +179,6 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     out.add_argument(
         "--fail-weight", type=float, default=1.0, metavar="X", help="weight of pairs of a ranked completion against one marked F [1]"
     )
-    out.add_argument("--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)")
     out.add_argument("--out", type=Path, required=True, help="file, or with --as dataset the folder, to write; new")
 
     rl = command(
@@ -321,7 +333,7 @@ def do_sample(arguments: argparse.Namespace) -> None:
 def do_reward(arguments: argparse.Namespace) -> None:
     from accord.api import load, refuse_reward, train_reward
     from accord.data.pairs import group_pairs
-    from accord.data.sources import read_completions, read_pairs, read_rankings, read_weights
+    from accord.data.sources import read_pairs
 
     values = settings(arguments, RewardSettings)
     refuse_reward(arguments.out)
@@ -332,9 +344,8 @@ def do_reward(arguments: argparse.Namespace) -> None:
     if arguments.pairs:
         groups = read_pairs(arguments.pairs)
     else:
-        weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
-        completions = read_completions(arguments.completions, with_tokens=False)
-        groups = group_pairs(completions, read_rankings(arguments.rankings), values["fail_weight"], weights)
+        completions, rankings, weights = read_ranked(arguments)
+        groups = group_pairs(completions, rankings, values["fail_weight"], weights)
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
@@ -369,12 +380,10 @@ def do_agreement(arguments: argparse.Namespace) -> None:
 
 
 def do_export(arguments: argparse.Namespace) -> None:
-    from accord.data.sources import read_completions, read_rankings, read_weights
     from accord.feedback.export import export
 
-    weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
-    completions = read_completions(arguments.completions, with_tokens=False)
-    count = export(completions, read_rankings(arguments.rankings), arguments.kind, arguments.out, arguments.fail_weight, weights)
+    completions, rankings, weights = read_ranked(arguments)
+    count = export(completions, rankings, arguments.kind, arguments.out, arguments.fail_weight, weights)
     what = {"groups": "prompts", "unpaired": "completions"}.get(arguments.kind, "pairs")
     console.print(f"{count} {what} in {arguments.out}", soft_wrap=True)
 

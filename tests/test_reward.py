@@ -444,11 +444,11 @@ def dropping(error):
     """``drop_folder`` as it is but for the last deletion of all, which fails when the folder is out of sight."""
     drop = checkpoints.drop_folder
 
-    def fails(path, only_left=False):
-        if path.name == "r.training" and not only_left:
+    def fails(path):
+        if path.name == "r.training":
             os.replace(path, path.with_name(f".dropping-{path.name}"))
             raise error
-        drop(path, only_left)
+        drop(path)
 
     return fails
 

@@ -1,5 +1,6 @@
 """A run that is stopped, diverges or runs out of memory ends where one that was left alone does, or says why not."""
 
+import contextlib
 import json
 import shutil
 
@@ -60,6 +61,25 @@ def go(folder, tmp_path):
     return go
 
 
+@contextlib.contextmanager
+def stopping(at):
+    """A stop is asked for at this decoding step, as Ctrl-C asks for it."""
+    count, step = 0, decoding.Decoding.step
+
+    def stop_at(self, longest):
+        nonlocal count
+        count += 1
+        progress._Stop.requested = count == at or progress._Stop.requested
+        return step(self, longest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding.Decoding, "step", stop_at)
+        try:
+            yield
+        finally:
+            progress._Stop.requested = False
+
+
 def files(run):
     return {name: (run.folder / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
 
@@ -72,23 +92,11 @@ def test_metrics_are_the_same_bytes_every_time(go):
 
 
 @pytest.mark.parametrize("at", [1, 5, 9, 15, 20, 26])
-def test_a_stop_in_the_middle_of_a_rollout_loses_that_rollout_and_nothing_else(go, monkeypatch, at):
+def test_a_stop_in_the_middle_of_a_rollout_loses_that_rollout_and_nothing_else(go, at):
     """Also while a validation is sampled, which is finished first: its score belongs to the step before."""
     whole, weights = go("whole")
-    count, step = 0, decoding.Decoding.step
-
-    def stop_at(self, longest):
-        nonlocal count
-        count += 1
-        progress._Stop.requested = count == at or progress._Stop.requested
-        return step(self, longest)
-
-    monkeypatch.setattr(decoding.Decoding, "step", stop_at)
-    try:
-        with pytest.raises(Interrupted):
-            go("cut")
-    finally:
-        progress._Stop.requested = False
+    with stopping(at), pytest.raises(Interrupted):
+        go("cut")
     run, again = go("cut")
     assert files(run) == files(whole) and all(torch.equal(weights[n], again[n]) for n in weights)
 
@@ -256,7 +264,7 @@ def test_a_copied_run_goes_on(go, tmp_path):
     assert all(torch.equal(weights[n], again[n]) for n in weights)
 
 
-def test_the_same_call_again_is_the_whole_run(folder, tmp_path, monkeypatch, capsys):
+def test_the_same_call_again_is_the_whole_run(folder, tmp_path, capsys):
     """From Python: cut while it samples, then called again with resume, as in a script that is started until it ends."""
     start, prompts = Policy.load(str(folder), "float32"), [Prompt(f"p{i}", f"say {'abcdefgh'[i]}") for i in range(8)]
 
@@ -264,21 +272,8 @@ def test_the_same_call_again_is_the_whole_run(folder, tmp_path, monkeypatch, cap
         return train_rl(start, prompts, letters, out=tmp_path / name, validation=prompts[:2], resume=True, **{**SMALL, **changes})
 
     call("whole")
-    with monkeypatch.context() as patch:
-        count, step = 0, decoding.Decoding.step
-
-        def stop(self, longest):
-            nonlocal count
-            count += 1
-            progress._Stop.requested = count == 20
-            return step(self, longest)
-
-        patch.setattr(decoding.Decoding, "step", stop)
-        try:
-            with pytest.raises(Interrupted):
-                call("cut")
-        finally:
-            progress._Stop.requested = False
+    with stopping(20), pytest.raises(Interrupted):
+        call("cut")
     call("cut")
     ours, theirs = ({p.name: p.read_bytes() for n in ("", "policy") for p in (tmp_path / r / n).iterdir() if p.is_file()} for r in ("cut", "whole"))  # fmt: skip
     del ours["timings.jsonl"], theirs["timings.jsonl"]

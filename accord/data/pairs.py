@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from accord.data.records import Completion, Logged, Pair, PairGroup, RankedCompletions, Ranking
@@ -47,7 +47,7 @@ def scored_by_rank(
         trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
         if trust <= 0:
             continue
-        places = [math.inf if rank is None else rank for rank in ranking.ranks]
+        places = ranking.places
         for k, place in enumerate(places):
             if len(places) > 1:
                 above, below = sum(place < other for other in places), sum(place > other for other in places)
@@ -58,6 +58,20 @@ def scored_by_rank(
         Logged(completions[prompt][k], math.fsum(s * w for s, w in scores) / math.fsum(w for _, w in scores))
         for (prompt, k), scores in given.items()
     ]
+
+
+def rankings_by_prompt(rankings: Iterable[Ranking]) -> dict[str, list[Ranking]]:
+    """The rankings of each prompt, one a labeler.
+
+    Raises:
+        UserError: a labeler ranked a prompt twice.
+    """
+    found: dict[str, dict[str, Ranking]] = defaultdict(dict)
+    for ranking in rankings:
+        if ranking.labeler in found[ranking.prompt_id]:
+            raise UserError(f"Labeler '{ranking.labeler}' ranked the prompt '{ranking.prompt_id}' twice; keep one of the two.")
+        found[ranking.prompt_id][ranking.labeler] = ranking
+    return {prompt: list(given.values()) for prompt, given in found.items()}
 
 
 def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> list[Completion]:
@@ -90,29 +104,22 @@ def group_pairs(
     Raises:
         UserError: a ranking is of other completions, a labeler ranked a prompt twice, or a weight is of nobody who ranked.
     """
-    unknown = sorted({*(labeler_weights or {})} - {ranking.labeler for ranking in rankings})
+    weights, labelers = labeler_weights or {}, {ranking.labeler for ranking in rankings}
+    unknown = sorted(weights.keys() - labelers)
     if unknown:
-        raise UserError(
-            f"There is a weight for '{unknown[0]}', who ranked nothing.{did_you_mean(unknown[0], {r.labeler for r in rankings})}"
-        )
-    by_prompt: dict[str, list[Ranking]] = defaultdict(list)
-    for ranking in rankings:
-        if any(other.labeler == ranking.labeler for other in by_prompt[ranking.prompt_id]):
-            raise UserError(f"Labeler '{ranking.labeler}' ranked the prompt '{ranking.prompt_id}' twice; keep one of the two.")
-        by_prompt[ranking.prompt_id].append(ranking)
+        raise UserError(f"There is a weight for '{unknown[0]}', who ranked nothing.{did_you_mean(unknown[0], labelers)}")
     groups = []
-    for given in by_prompt.values():
+    for given in rankings_by_prompt(rankings).values():
+        trusts = [weights.get(ranking.labeler, 1.0) for ranking in given]
         found: tuple[dict[tuple[int, int], list[Pair]], ...] = (defaultdict(list), defaultdict(list))
-        for ranking in given:
+        for ranking, trust in zip(given, trusts, strict=True):
             answers = answers_of(ranking, completions)
-            trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
             for kind, some in zip(found, pairs_of(ranking, fail_weight), strict=True):
                 for pair in some:
                     if pair.weight * trust > 0 and answers[pair.preferred].text != answers[pair.other].text:
                         kind[pair[:2]].append(pair._replace(weight=pair.weight * trust))
         pairs, ties = (tuple(_together(some) for some in kind.values()) for kind in found)
         if pairs or ties:
-            trusts = [(labeler_weights or {}).get(ranking.labeler, 1.0) for ranking in given]
             groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties, sum(trusts) / len(trusts)))
     return groups
 

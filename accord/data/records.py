@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,6 +77,11 @@ class Ranking:
     ranks: tuple[int | None, ...]
     criterion: str = ""
     simulated: bool = False
+
+    @property
+    def places(self) -> list[float]:
+        """The ranks as numbers: ``F`` stands below every rank."""
+        return [math.inf if rank is None else float(rank) for rank in self.ranks]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ranks": ["F" if r is None else r for r in self.ranks]}

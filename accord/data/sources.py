@@ -127,10 +127,17 @@ def check_content(value: Any, place: str, field: str) -> Content:
 
 
 def _check_unicode(text: str, place: str, field: str) -> None:
+    if not is_unicode(text):
+        raise UserError(f"{place}: field '{field}' holds half of a surrogate pair, which is no character; repair the text.")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether every character is one: JSON can hold half a surrogate pair, which no file or database can."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{place}: field '{field}' holds half of a surrogate pair, which is no character; repair the text.") from None
+        return False
+    return True
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:

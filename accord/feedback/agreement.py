@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from accord.data.pairs import rankings_by_prompt
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.errors import UserError
@@ -38,7 +39,7 @@ def comparisons(rankings: Iterable[Ranking]) -> list[Comparison]:
     """Every two completions of every ranking."""
     out = []
     for r in rankings:
-        places = [math.inf if rank is None else rank for rank in r.ranks]
+        places = r.places
         out += [
             Comparison(r.prompt_id, i, j, r.labeler, (places[i] > places[j]) - (places[i] < places[j]))
             for i, j in combinations(range(len(places)), 2)
@@ -66,8 +67,13 @@ def krippendorff_alpha(units: Iterable[Sequence[Any]], level: Level = "nominal")
     coincidence = np.zeros((len(names), len(names)))
     for values in pairable:
         counts = np.bincount([at[v] for v in values], minlength=len(names)).astype(float)
-        coincidence += (np.outer(counts, counts) - np.diag(counts)) / (len(values) - 1)
+        coincidence += _coincidence(counts)
     return _alpha(coincidence, names, level)
+
+
+def _coincidence(counts: np.ndarray) -> np.ndarray:
+    """What a unit whose values were given so often adds to the table of coincidences; nothing where there is no second value."""
+    return (np.outer(counts, counts) - np.diag(counts)) / max(counts.sum() - 1, 1)
 
 
 def _alpha(coincidence: np.ndarray, names: Sequence[Any], level: Level) -> float:
@@ -262,7 +268,7 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
     people = {prompt: given for prompt, given in people.items() if given}
     counts, names = _Counts.of(list(people.values())), list(people)
     pairs = lambda some: _ratio(some[:, 0], some[:, 1], names, draws, seed)
-    w = {p: kendall_w([_places(r) for r in given]) for p, given in people.items() if len(given) > 1}
+    w = {p: kendall_w([r.places for r in given]) for p, given in people.items() if len(given) > 1}
     w = {p: value for p, value in w.items() if not math.isnan(value)}
     rates = {p: float(a / n) for p, (a, n) in zip(names, counts.same, strict=True) if n}
     everyone = [r for given in people.values() for r in given]
@@ -275,30 +281,23 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
         alpha=_resampled(len(names), counts.alpha, draws, seed),
         kendall_w=_ratio(list(w.values()), [1.0] * len(w), list(w), draws, seed),
         kappa_fail=_resampled(len(names), counts.kappa, draws, seed),
-        labelers={who: _labeler(who, by_prompt, gold, quality, draws, seed) for who in sorted({r.labeler for r in everyone})},
+        labelers=_labelers(by_prompt, gold, quality, draws, seed),
         disputed=sorted(rates.items(), key=lambda item: (item[1], item[0])),
     )
 
 
 def _by_prompt(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
-    found: dict[str, dict[str, Ranking]] = defaultdict(dict)
-    for r in rankings:
-        mine = found[r.prompt_id]
-        if r.labeler in mine:
-            raise UserError(f"Labeler '{r.labeler}' ranked the prompt '{r.prompt_id}' twice; keep one of the two.")
-        other = next(iter(mine.values()), r)
-        if len(other.ranks) != len(r.ranks):
-            raise UserError(
-                f"Of '{r.prompt_id}' '{other.labeler}' ranked {len(other.ranks)} completions and '{r.labeler}' {len(r.ranks)}; they must be of the same."
-            )
-        mine[r.labeler] = r
+    """:func:`rankings_by_prompt`, where all are of the same completions."""
+    found = rankings_by_prompt(rankings)
     if not found:
         raise UserError("There are no rankings to compare.")
-    return {prompt: list(mine.values()) for prompt, mine in found.items()}
-
-
-def _places(ranking: Ranking) -> list[float]:
-    return [math.inf if rank is None else float(rank) for rank in ranking.ranks]
+    for prompt, (first, *others) in found.items():
+        for r in others:
+            if len(first.ranks) != len(r.ranks):
+                raise UserError(
+                    f"Of '{prompt}' '{first.labeler}' ranked {len(first.ranks)} completions and '{r.labeler}' {len(r.ranks)}; they must be of the same."
+                )
+    return found
 
 
 @dataclass(frozen=True)
@@ -323,10 +322,8 @@ class _Counts:
                 units[c.first, c.second].append(c.value)
             for values in units.values():
                 less, equal, more = counts = [values.count(v) for v in (-1, 0, 1)]
-                m = less + equal + more
-                if m > 1:
-                    coincidence[p] += (np.outer(counts, counts) - np.diag(counts)) / (m - 1)
-                same[p] += sum(map(_twos, counts)), _twos(m)
+                coincidence[p] += _coincidence(np.array(counts, dtype=float))
+                same[p] += sum(map(_twos, counts)), _twos(less + equal + more)
                 strict[p] += _twos(less) + _twos(more), _twos(less + more)
             for a, b in combinations(sorted(given, key=lambda r: r.labeler), 2):
                 both = [2 * (x is None) + (y is None) for x, y in zip(a.ranks, b.ranks, strict=True)]
@@ -376,28 +373,32 @@ def _resampled(prompts: int, statistic: Callable[[np.ndarray], float], draws: in
     return Estimate(value, float(low), float(high))
 
 
-def _labeler(
-    who: str, by_prompt: Mapping[str, list[Ranking]], gold: str | None, quality: Mapping[str, float], draws: int, seed: int
-) -> LabelerReport:
-    mine = {prompt: r for prompt, given in by_prompt.items() for r in given if r.labeler == who}
-    others: list[tuple[str, int, int]] = []
-    right: list[tuple[str, int, int]] = []
-    ties = total = 0
-    for prompt, own in mine.items():
-        values = {(c.first, c.second): c.value for c in comparisons([own])}
-        ties, total = ties + sum(v == 0 for v in values.values()), total + len(values)
-        for r in by_prompt[prompt]:
-            if r.labeler == who:
-                continue
-            both = [(values[c.first, c.second], c.value) for c in comparisons([r]) if c.value and values[c.first, c.second]]
-            (right if r.labeler == gold else others).append((prompt, sum(a == b for a, b in both), len(both)))
+def _labelers(
+    by_prompt: Mapping[str, list[Ranking]], gold: str | None, quality: Mapping[str, float], draws: int, seed: int
+) -> dict[str, LabelerReport]:
+    """Everyone but gold, by name."""
+    mine: dict[str, list[Ranking]] = defaultdict(list)
+    others: dict[str, list[tuple[str, int, int]]] = defaultdict(list)  # prompt, comparisons that are the same, and all
+    right: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    said: dict[str, list[int]] = defaultdict(list)
+    for prompt, given in by_prompt.items():
+        values = {r.labeler: [c.value for c in comparisons([r])] for r in given}
+        for r in given:
+            mine[r.labeler].append(r)
+            said[r.labeler] += values[r.labeler]
+            for other in values.keys() - {r.labeler}:
+                both = [(a, b) for a, b in zip(values[r.labeler], values[other], strict=True) if a and b]
+                (right if other == gold else others)[r.labeler].append((prompt, sum(a == b for a, b in both), len(both)))
     told = lambda rows: _ratio([a for _, a, _ in rows], [n for _, _, n in rows], [p for p, _, _ in rows], draws, seed)
-    ranks = [rank for r in mine.values() for rank in r.ranks]
-    return LabelerReport(
-        len(mine),
-        sum(r is None for r in ranks) / len(ranks),
-        ties / total if total else 0.0,
-        told(others),
-        told(right),
-        quality.get(who, math.nan),
-    )
+    share = lambda marks: sum(marks) / len(marks) if marks else 0.0
+    return {
+        who: LabelerReport(
+            len(mine[who]),
+            share([rank is None for r in mine[who] for rank in r.ranks]),
+            share([value == 0 for value in said[who]]),
+            told(others[who]),
+            told(right[who]),
+            quality.get(who, math.nan),
+        )
+        for who in sorted(mine.keys() - {gold})
+    }

@@ -12,21 +12,20 @@ Chat prompts give chat rows (``[{"role": "assistant", ...}]``), texts give texts
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
-from accord.data.pairs import group_pairs, scored_by_rank
+from accord.data.pairs import group_pairs, rankings_by_prompt, scored_by_rank
 from accord.data.records import Completion, PairGroup, Prompt, Ranking, split_of
 from accord.disk import whole_folder, write_lines
 from accord.errors import UserError
 from accord.feedback.agreement import agreement
 
 Format = Literal["groups", "pairs", "unpaired", "dataset"]
-FORMATS: tuple[str, ...] = get_args(Format)
 SPLITS = {"train": "train", "validation": "validation", "heldout": "test"}
 """accord's name of a split -> the one that others use."""
 
@@ -78,9 +77,7 @@ def export(
 
 def group_rows(groups: Sequence[PairGroup], rankings: Iterable[Ranking]) -> Iterator[dict[str, Any]]:
     """A row a prompt. ``fails``: how many labelers marked a completion ``F``; ``rankings``: how many there are, by criterion."""
-    by_prompt: dict[str, list[Ranking]] = defaultdict(list)
-    for ranking in rankings:
-        by_prompt[ranking.prompt_id].append(ranking)
+    by_prompt = rankings_by_prompt(rankings)
     for group in groups:
         own = by_prompt[group.prompt.id]
         yield {

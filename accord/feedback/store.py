@@ -11,10 +11,12 @@ has seen before are mixed in; a new labeler starts with the calibration items.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import URL, Connection, Engine, and_, create_engine, event, exists, func, insert, make_url, or_, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from accord.data.records import Completion, Content, Prompt, Ranking
+from accord.data.records import Completion, Prompt, Ranking
+from accord.data.sources import is_unicode
 from accord.errors import UserError, did_you_mean, first_line
 from accord.feedback.schema import assignments, criteria, events, items, people
 
@@ -206,10 +209,10 @@ class Store:
 
         with self._look() as connection:
             row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
-        if any("\ud800" <= c <= "\udfff" for c in password):
+        if not is_unicode(password):
             return None
         try:
-            _hasher().verify(row.password if row is not None and row.password else _NOBODY(), password)
+            _hasher().verify(row.password if row is not None and row.password else _nobody(), password)
         except (VerificationError, InvalidHashError):
             return None
         return Person(row.id, row.name, row.role) if row is not None and row.password else None
@@ -217,21 +220,26 @@ class Store:
     def set_criterion(self, text: str) -> str:
         """The text that labelers are shown from now on; its version follows from the text. Labels keep the version they were given by."""
         _check_text(text, "A criterion", 10**6)
-        version = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        version, now = hashlib.sha256(text.encode()).hexdigest()[:12], self._clock()
         with self._begin() as connection:
-            row = {"version": version, "text": text, "created": self._clock()}
-            if connection.execute(select(criteria.c.version).where(criteria.c.version == version)).first():
-                connection.execute(update(criteria).where(criteria.c.version == version).values(created=row["created"]))
-            else:
-                connection.execute(insert(criteria).values(**row))
+            again = connection.execute(update(criteria).where(criteria.c.version == version).values(created=now))
+            if not again.rowcount:
+                connection.execute(insert(criteria).values(version=version, text=text, created=now))
             self._note(connection, "criterion set", None, after={"version": version})
         return version
 
     def criterion(self) -> tuple[str, str] | None:
         """(version, text) of the one that is in force."""
         with self._look() as connection:
-            row = connection.execute(select(criteria).order_by(criteria.c.created.desc(), criteria.c.version)).first()
-        return row and (row.version, row.text)
+            return self._in_force(connection)
+
+    def _in_force(self, connection: Connection) -> tuple[str, str] | None:
+        row = connection.execute(select(criteria).order_by(criteria.c.created.desc(), criteria.c.version).limit(1)).first()
+        return (row.version, row.text) if row is not None else None
+
+    def _version(self, connection: Connection) -> str | None:
+        found = self._in_force(connection)
+        return found and found[0]
 
     # Items.
 
@@ -256,10 +264,9 @@ class Store:
             there = self._there(connection, list(completions))
             for key, group in completions.items():
                 _check_text(key, "A prompt's id", 500)
-                for part in (group[0].prompt.theme, *(c.text for c in group)):
-                    _check_text(part, f"Prompt '{key}': a theme or completion", 10**6, empty=True)
-                if len(group[0].prompt.theme) > 200:
-                    raise UserError(f"Prompt '{key}': its theme is longer than 200 characters.")
+                _check_text(group[0].prompt.theme, f"Prompt '{key}': its theme", 200, empty=True)
+                for completion in group:
+                    _check_text(completion.text, f"Prompt '{key}': a completion", 10**6, empty=True)
                 if not 2 <= len(group) <= MOST:
                     raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
                 texts = [{"text": c.text, "finished": c.finished} for c in group]
@@ -373,8 +380,9 @@ class Store:
         highest priority the first from this person's own place on."""
         a = assignments.alias()
         seen = exists().where(a.c.item == items.c.id, a.c.person == person.id, a.c.round == 0)
-        wanted = items.c.wanted if kind == "real" else items.c.wanted.in_((True, False))
-        some = select(items.c.id, items.c.priority).where(items.c.kind == kind, wanted, ~seen)
+        some = select(items.c.id, items.c.priority).where(items.c.kind == kind, ~seen)
+        if kind == "real":
+            some = some.where(items.c.wanted)
         top = connection.execute(some.order_by(items.c.priority.desc()).limit(1)).first()
         if top is None:
             return None
@@ -412,9 +420,6 @@ class Store:
             row.label and Label.of(row.label),
             tuple(row.gold) if row.kind == "calibration" and row.label else None,
         )
-
-    def _version(self, connection: Connection) -> str | None:
-        return connection.execute(select(criteria.c.version).order_by(criteria.c.created.desc(), criteria.c.version)).scalar()
 
     def assignment(self, person: Person, key: int) -> Assignment:
         """One of this person's own, to look at or to change.
@@ -503,7 +508,7 @@ class Store:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
         out = {}
         for row in rows:
-            prompt = Prompt(row.prompt_id, _content(row.content), row.theme)
+            prompt = Prompt(row.prompt_id, row.content, row.theme)
             out[row.prompt_id] = [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
         return out
 
@@ -561,12 +566,8 @@ def _share(name: str) -> float:
 
 def _check_text(text: str, what: str, most: int, empty: bool = False) -> None:
     """Refuse what a database does not hold."""
-    if (not text.strip() and not empty) or len(text) > most or "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if (not text.strip() and not empty) or len(text) > most or "\x00" in text or not is_unicode(text):
         raise UserError(f"{what} must have {'at most' if empty else '1 to'} {most} characters, without NUL and half surrogate pairs.")
-
-
-def _content(value: Any) -> Content:
-    return value  # type: ignore[no-any-return]
 
 
 def _sqlite_connection(connection: Any, _: Any) -> None:
@@ -592,11 +593,8 @@ def _hasher() -> Any:
     return PasswordHasher()
 
 
-_KEPT: list[str] = []
-
-
-def _NOBODY() -> str:
+@cache
+def _nobody() -> str:
     """The hash of a password that nobody has."""
-    if not _KEPT:
-        _KEPT.append(_hasher().hash(hashlib.sha256(str(time.time_ns()).encode()).hexdigest()))
-    return _KEPT[0]
+    hashed: str = _hasher().hash(secrets.token_hex())
+    return hashed

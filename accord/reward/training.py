@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accord.checkpoints import Checkpoints
+from accord.checkpoints import Checkpoints, adam_state, load_adam_state, under
 from accord.data.records import PairGroup
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.errors import UserError
@@ -111,14 +111,16 @@ def train_reward_model(
     steps = settings.epochs * each
     with bar("Reward model", steps) as progress:
         progress.advance(len(fit.losses))
-        for step in range(kept, steps):
-            if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
-                checkpoints.save(step, fit.tensors(), {**about, **fit.about()}, None)
-                kept, saved = step, time.monotonic()
-            safe_point(KEPT if checkpoints and step else "Nothing is kept of the reward model.")
-            order = np.random.default_rng([settings.seed, step // each]).permutation(len(train))
-            fit.step(sets[0], np.array_split(order, each)[step % each].tolist(), _schedule(step, steps))
-            progress.advance(1, f"loss {np.mean(fit.losses[-20:]):.3f}")
+        for epoch in range(kept // each, settings.epochs):
+            order = np.random.default_rng([settings.seed, epoch]).permutation(len(train))
+            for batch in np.array_split(order, each)[len(fit.losses) - epoch * each :]:
+                step = len(fit.losses)
+                if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
+                    checkpoints.save(step, fit.tensors(), {**about, **fit.about()}, None)
+                    kept, saved = step, time.monotonic()
+                safe_point(KEPT if checkpoints and step else "Nothing is kept of the reward model.")
+                fit.step(sets[0], batch.tolist(), _schedule(step, steps))
+                progress.advance(1, f"loss {np.mean(fit.losses[-20:]):.3f}")
     reward.scalar.requires_grad_(False)
     train_scores = sets[0].scores(reward)
     reward.mean, reward.scale = float(train_scores.mean()), max(float(train_scores.std()), 1e-6)
@@ -182,9 +184,7 @@ class _Fit:
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"reward/{name}": p.detach() for name, p in self._parameters.items()}
-        for name, p in self._parameters.items():
-            out |= {f"optimizer/{name}/{key}": torch.as_tensor(value) for key, value in self._adam.state[p].items()}
-        return out
+        return out | {f"optimizer/{name}": t for name, t in adam_state(self._adam, self._parameters).items()}
 
     def about(self) -> dict[str, Any]:
         return {"losses": self.losses, "micro_batch_tokens": self.budget.tokens if self.budget.halved else None}
@@ -216,8 +216,7 @@ class _Fit:
             )
         for name, p in self._parameters.items():
             p.data.copy_(saved.tensors[f"reward/{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self._adam.state[p] = {key: saved.tensors[f"optimizer/{name}/{key}"].to(p.device, copy=True) for key in keys}
+        load_adam_state(self._adam, self._parameters, under("optimizer/", saved.tensors))
         self.losses = list(before["losses"])
         self.budget.tokens = min(self.budget.tokens, before["micro_batch_tokens"] or self.budget.tokens)
         console.print(f"Going on with the reward model at step {saved.step}.")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accord.checkpoints import adam_state, load_adam_state, under
 from accord.errors import Diverged
 from accord.nn.budget import TokenBudget
 from accord.reward.model import ScalarModel
@@ -34,8 +35,8 @@ class Optimizer:
         self, groups: Mapping[str, tuple[Mapping[str, Tensor], float]], settings: RLSettings, budget: TokenBudget | None = None
     ) -> None:
         self._settings, self.budget, self.halvings = settings, budget or TokenBudget(settings.micro_batch_tokens), 0
-        self._groups = {name: list(parameters.values()) for name, (parameters, _) in groups.items()}
-        self._names = {name: list(parameters) for name, (parameters, _) in groups.items()}
+        self._named = {name: dict(parameters) for name, (parameters, _) in groups.items()}
+        self._groups = {name: list(parameters.values()) for name, parameters in self._named.items()}
         self._rates = [rate for _, rate in groups.values()]
         self._adam = torch.optim.AdamW(
             [{"params": p} for p in self._groups.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True
@@ -97,18 +98,11 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name, for a checkpoint."""
-        out = {}
-        for group, parameters in self._groups.items():
-            for name, parameter in zip(self._names[group], parameters, strict=True):
-                for key, value in self._adam.state.get(parameter, {}).items():
-                    out[f"{group}/{name}/{key}"] = torch.as_tensor(value)
-        return out
+        return {f"{group}/{name}": t for group, named in self._named.items() for name, t in adam_state(self._adam, named).items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for group, parameters in self._groups.items():
-            for name, parameter in zip(self._names[group], parameters, strict=True):
-                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{group}/{name}/{k}" in state]
-                self._adam.state[parameter] = {k: state[f"{group}/{name}/{k}"].to(parameter.device, copy=True) for k in keys}
+        for group, named in self._named.items():
+            load_adam_state(self._adam, named, under(f"{group}/", state))
 
 
 def value_steps(critic: ScalarModel, optimizer: Optimizer, e: Experience, settings: RLSettings, step: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from accord.checkpoints import Saved
+from accord.checkpoints import Saved, under
 from accord.data.records import Logged, Prompt
 from accord.errors import Diverged, UserError
 from accord.nn.budget import TokenBudget
@@ -424,8 +424,8 @@ class State:
                         "adaptation, top_layers and lora_rank in config.yaml must be those the run started with."
                     )
                 parameter.data.copy_(tensor)
-        self.optimizer.load_state(_under("optimizer/", saved.tensors))
-        self.algorithm.restore(_under("algorithm/", saved.tensors), saved.about["algorithm"])
+        self.optimizer.load_state(under("optimizer/", saved.tensors))
+        self.algorithm.restore(under("algorithm/", saved.tensors), saved.about["algorithm"])
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.kl.coef = float(saved.about["kl"]["coef"])
         self.rejections.rejected, self.rejections.asked = saved.about.get("rejections", [0, 0])
@@ -433,10 +433,6 @@ class State:
         self.watch.restore(saved.about.get("watch", {}))
         self.budget.tokens = min(self.budget.tokens, saved.about.get("micro_batch_tokens") or self.budget.tokens)
         return saved.step
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def make_critic(policy: Policy, reward: Reward, seed: int) -> ScalarModel:
