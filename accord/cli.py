@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -27,7 +28,11 @@ from accord.config import (
 from accord.data.records import Completion, Ranking
 from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean
+from accord.feedback.settings import QueueSettings
 from accord.progress import console, orderly_stop
+
+if TYPE_CHECKING:
+    from accord.feedback.store import Store
 
 BUNDLED = "smollm2-135m-instruct"
 MODEL_HELP = f"the bundled model ({BUNDLED}), a local Hugging Face folder, or a Hugging Face id"
@@ -53,21 +58,52 @@ def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse
             raise UserError(f"Unknown option '{name}'.{did_you_mean(name, known)} See: {parser.prog} {words[0]} --help")
 
 
-def add_ranked(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_ranked(parser: argparse.ArgumentParser) -> None:
     """What :func:`read_ranked` reads."""
-    parser.add_argument("--completions", required=required, help="completions that --rankings speak of (from accord sample)")
-    parser.add_argument("--rankings", required=required, help="raw rankings: prompt_id, labeler, ranks")
+    parser.add_argument("--completions", metavar="FILE", help="completions that --rankings speak of (from accord sample)")
+    parser.add_argument("--rankings", metavar="FILE", help="raw rankings: prompt_id, labeler, ranks")
+    parser.add_argument("--store", metavar="FILE", help="instead of both: the label store of accord label, a file or a PostgreSQL URL")
     parser.add_argument(
         "--labeler-weights", metavar="FILE", help="JSON: what each labeler's rankings count for (accord agreement --weights)"
     )
 
 
 def read_ranked(arguments: argparse.Namespace) -> tuple[dict[str, list[Completion]], list[Ranking], dict[str, float] | None]:
-    """Completions, rankings of them, and labelers' weights if they are given."""
+    """Completions, rankings of them, and labelers' weights if they are given. Of prompts that a reviewer has decided, the decision."""
     from accord.data.sources import read_completions, read_rankings, read_weights
 
     weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
+    if arguments.store:
+        if arguments.completions or arguments.rankings:
+            raise UserError("--store has the completions and the rankings; leave out --completions and --rankings.")
+        with opened(arguments.store) as store:
+            return store.completions(), list(store.settled()), weights
+    if not (arguments.rankings and arguments.completions):
+        raise UserError("Give --rankings together with --completions, or --store.")
     return read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), weights
+
+
+@contextmanager
+def opened(url: str, queue: QueueSettings | None = None, make: bool = False) -> Iterator[Store]:
+    """A label store, closed in the end. ``make``: it need not be there yet."""
+    with needs("label"):
+        from accord.feedback.store import Store
+    if not make and "://" not in url and not Path(url).is_file():
+        raise UserError(f"There is no label store {url}; accord label --store {url} makes it.")
+    store = Store.open(url, queue)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Imports that an extra brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"'{error.name}' is not installed; run: pip install 'accord[{extra}]'") from None
 
 
 def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -144,10 +180,37 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     reward.add_argument("--model", default=BUNDLED, help=MODEL_HELP + "; the reward model shares its trunk")
     reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
-    add_ranked(reward, required=False)
+    add_ranked(reward)
     reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
     reward.add_argument(
         "--out", type=Path, required=True, help="folder to save the reward model in; the same command goes on with a training that was cut"
+    )
+
+    label = command(
+        "label",
+        do_label,
+        "Pages on which people rank completions: alone on this machine, or with accounts for a team.",
+        "accord label --completions completions.jsonl",
+        QueueSettings,
+    )
+    label.add_argument("--store", default="labels.db", help="where labels are kept: a file, or postgresql://... [labels.db]")
+    label.add_argument(
+        "--completions", metavar="FILE", action="append", default=[],
+        help="completions to rank, from accord sample, or .jsonl, .parquet, .csv, hf:ORG/NAME with id, prompt, completion; repeat for more",
+    )  # fmt: skip
+    label.add_argument("--gold", metavar="FILE", help="rankings of some of --completions that are known to be right; mixed in unseen")
+    label.add_argument("--calibration", metavar="FILE", help="the same; everybody begins with these, and sees the known ranks after each")
+    label.add_argument("--criterion", metavar="FILE", help="Markdown that tells labelers how to rank [the store's; at first accord's own]")
+    label.add_argument("--accounts", action="store_true", help="people come by invitation and log in")
+    label.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others can reach needs --accounts [127.0.0.1]")
+    label.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one [8000]")
+    label.add_argument("--https", action="store_true", help="a proxy in front speaks TLS (docs/labeling.md)")
+    label.add_argument(
+        "--name",
+        metavar="HOST",
+        action="append",
+        default=[],
+        help="a host name that browsers may use; repeat for more [any, with --accounts]",
     )
 
     agree = command(
@@ -156,7 +219,8 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "How far labelers agree, with each other and with known answers, and how much each is worth.",
         "accord agreement --rankings rankings.jsonl --weights weights.json",
     )
-    agree.add_argument("--rankings", required=True, help="raw rankings: prompt_id, labeler, ranks")
+    agree.add_argument("--rankings", metavar="FILE", help="raw rankings: prompt_id, labeler, ranks")
+    agree.add_argument("--store", metavar="FILE", help="instead: the label store of accord label, a file or a PostgreSQL URL")
     agree.add_argument("--gold", metavar="LABELER", help="the labeler whose rankings are known to be right")
     agree.add_argument("--weights", type=Path, metavar="FILE", help="also write what each labeler should count for, for accord reward")
     agree.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
@@ -167,7 +231,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "Rankings and their completions as training data that others read too.",
         "accord export --completions sampled.jsonl --rankings rankings.jsonl --as dataset --out my-preferences",
     )
-    add_ranked(out, required=True)
+    add_ranked(out)
     out.add_argument(
         "--as",
         dest="kind",
@@ -337,9 +401,9 @@ def do_reward(arguments: argparse.Namespace) -> None:
 
     values = settings(arguments, RewardSettings)
     refuse_reward(arguments.out)
-    if bool(arguments.pairs) == bool(arguments.rankings) or bool(arguments.rankings) != bool(arguments.completions):
-        raise UserError("Give either --pairs, or --rankings together with --completions.")
-    if arguments.labeler_weights and not arguments.rankings:
+    if bool(arguments.pairs) == bool(arguments.rankings or arguments.store):
+        raise UserError("Give one of --pairs, --rankings together with --completions, and --store.")
+    if arguments.labeler_weights and arguments.pairs:
         raise UserError("--labeler-weights weigh --rankings; pairs have no labelers any more.")
     if arguments.pairs:
         groups = read_pairs(arguments.pairs)
@@ -363,12 +427,37 @@ def do_reward(arguments: argparse.Namespace) -> None:
     )
 
 
+def do_label(arguments: argparse.Namespace) -> None:
+    with needs("label"):
+        from accord.feedback.intake import begin_with, set_criterion
+        from accord.feedback.web.serve import address, first_owner, listen, serve, web_settings
+
+    queue = QueueSettings(**settings(arguments, QueueSettings))
+    listening = listen(arguments.host, arguments.port)
+    with opened(arguments.store, queue, make=True) as store:
+        web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name))
+        set_criterion(store, arguments.criterion)
+        for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):
+            console.print(line, soft_wrap=True, markup=False)
+        at = address(listening)
+        if arguments.accounts and (link := first_owner(store, at)):
+            console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
+        console.print(f"Rank at {at}   (Ctrl-C ends it; labels are in {arguments.store})", soft_wrap=True, markup=False)
+        serve(store, web, listening)
+
+
 def do_agreement(arguments: argparse.Namespace) -> None:
     from accord.data.sources import read_rankings
     from accord.feedback.agreement import agreement, labeler_weights
     from accord.feedback.summary import print_agreement, to_json
 
-    rankings = read_rankings(arguments.rankings)
+    if bool(arguments.rankings) == bool(arguments.store):
+        raise UserError("Give either --rankings or --store.")
+    if arguments.store:
+        with opened(arguments.store) as store:
+            rankings = list(store.rankings())
+    else:
+        rankings = read_rankings(arguments.rankings)
     found = agreement(rankings, arguments.gold)
     print_agreement(found)
     if arguments.json:
@@ -518,7 +607,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, commands = make_parser()
         check_words(parser, commands, words)
         arguments = parser.parse_args(words)
-        if arguments.command == "chat":
+        if arguments.command in ("chat", "label"):  # they end by Ctrl-C
             arguments.function(arguments)
             return 0
         with orderly_stop():

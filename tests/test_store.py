@@ -99,7 +99,7 @@ def test_migrations_make_the_tables_of_the_schema(make):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with make()._engine.begin() as connection:
+    with make().database.engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
@@ -107,7 +107,7 @@ def test_overlap_and_what_comes_out(make):
     store = make(overlap=2)
     version = store.set_criterion("Be good.")
     assert store.add_items(completions(6)) == 6 and store.add_items(completions(8)) == 2
-    people = [store.add_person(name, "labeler") for name in ("ann", "bob", "cy")]
+    people = [store.people.add(name, "labeler") for name in ("ann", "bob", "cy")]
     done = {p.name: work(store, p, limit=n) for p, n in zip(people, (5, 8, 8), strict=True)}
     assert Counter(x for some in done.values() for x in some) == {f"p{i}": 2 for i in range(8)}  # each by two, by nobody twice
     assert all(len(set(some)) == len(some) for some in done.values())
@@ -122,14 +122,14 @@ def test_overlap_and_what_comes_out(make):
 def test_priority_first(make):
     store = make()
     store.add_items(completions(9), priority={"p3": 2.0, "p5": 2.0, "p7": 1.0})
-    done = work(store, store.add_person("ann", "labeler"))
+    done = work(store, store.people.add("ann", "labeler"))
     assert set(done[:2]) == {"p3", "p5"} and done[2] == "p7"
 
 
 def test_the_order_of_completions_is_stable_and_differs_by_labeler(make):
     store = make(overlap=9)
     store.add_items(completions(20, k=9))
-    people = [store.add_person(name, "labeler") for name in ("ann", "bob")]
+    people = [store.people.add(name, "labeler") for name in ("ann", "bob")]
     seen = {}
     for p in people:
         for _ in range(20):
@@ -149,7 +149,7 @@ def test_a_lease_ends_and_another_gets_the_item_and_nothing_is_lost(make):
     clock = Clock()
     store = make(clock, lease=60)
     store.add_items(completions(1))
-    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
     given = store.next(ann)
     assert store.next(bob) is None
     clock.now += 50
@@ -167,7 +167,7 @@ def test_what_another_has_done_meanwhile_is_not_asked_for_again(make):
     clock = Clock()
     store = make(clock, lease=60)
     store.add_items(completions(2))
-    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
     late = store.next(ann)
     clock.now += 61
     done = work(store, bob)
@@ -178,12 +178,12 @@ def test_what_another_has_done_meanwhile_is_not_asked_for_again(make):
 def test_a_request_that_comes_twice_counts_once(make):
     store = make()
     store.add_items(completions(2))
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     given = store.next(ann)
     assert store.submit(ann, given.id, answer(), "key", seconds=5.0) is True
     assert store.submit(ann, given.id, answer(3, 2, 1), "key", seconds=5.0) is False
     assert [r.ranks for r in store.rankings()] == [(1, 2, 2)]
-    again, bob = store.next(ann), store.add_person("bob", "labeler")
+    again, bob = store.next(ann), store.people.add("bob", "labeler")
     assert store.submit(ann, again.id, answer(), "key")  # a name is an item's own
     assert len(list(store.rankings())) == 2 and store.next(bob) is None
 
@@ -193,7 +193,7 @@ def test_the_criterion_is_the_one_that_was_shown(make):
     store = make(clock)
     first = store.set_criterion("one")
     store.add_items(completions(1))
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     given = store.next(ann)
     clock.now += 1
     store.set_criterion("two")
@@ -205,7 +205,7 @@ def test_edits_at_once_keep_the_whole_history(make):
     """Each change's before is another one's after, and the time adds up."""
     store = make()
     store.add_items(completions(1))
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     given = store.next(ann)
     edit = lambda k: store.submit(ann, given.id, Label((1, 2, 3), note=str(k)), str(k), seconds=1.0)
     drafts = lambda k: store.save_draft(ann, given.id, {"k": k})
@@ -214,7 +214,7 @@ def test_edits_at_once_keep_the_whole_history(make):
     log = [e for e in store.log() if e["what"] in ("submitted", "changed")]
     assert len(log) == 12 and log[0]["before"] is None
     assert [e["before"]["note"] for e in log[1:]] == [e["after"]["note"] for e in log[:-1]]
-    with store._engine.begin() as connection:
+    with store.database.engine.begin() as connection:
         row = connection.execute(select(assignments)).one()
     assert row.seconds == 12.0 and row.state == "done" and len(list(store.rankings())) == 1
 
@@ -224,7 +224,7 @@ def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
     store = make(clock)
     first = store.set_criterion("one")
     store.add_items(completions(2))
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     a = store.next(ann)
     store.submit(ann, a.id, answer(), "1")
     clock.now += 1
@@ -242,7 +242,7 @@ def test_changes_and_skips_are_in_the_log_with_what_stood_before(make):
     ]  # fmt: skip
     assert log[2][3]["ranks"] == [None, 1, 1] and log[4][3]["reason"] == "unclear"
     # A skipped item goes to another.
-    assert store.next(store.add_person("bob", "labeler")).prompt.id == b.prompt.id
+    assert store.next(store.people.add("bob", "labeler")).prompt.id == b.prompt.id
 
 
 def test_calibration_first_then_gold_and_repetitions_unseen(make):
@@ -251,7 +251,7 @@ def test_calibration_first_then_gold_and_repetitions_unseen(make):
     store.add_items(completions(60))
     store.add_items(completions(3, start=100), "calibration", gold={f"p{i}": [1, 2, 3] for i in range(100, 103)})
     store.add_items(completions(30, start=200), "gold", gold={f"p{i}": [1, 1, None] for i in range(200, 230)})
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     kinds, prompts = [], []
     while (given := store.next(ann)) is not None:
         assert given.gold is None  # nothing tells an item whose answer is known
@@ -272,7 +272,7 @@ def test_calibration_first_then_gold_and_repetitions_unseen(make):
 def test_only_ones_own(make):
     store = make(overlap=2)
     store.add_items(completions(1))
-    ann, bob = (store.add_person(name, "labeler") for name in ("ann", "bob"))
+    ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
     given = store.next(ann)
     for call in (
         lambda: store.assignment(bob, given.id),
@@ -303,13 +303,13 @@ def test_labels_that_are_wrong(label, message):
 
 def test_what_no_database_holds_is_a_sentence(make):
     store = make()
-    ann = store.add_person("ann", "labeler")
+    ann = store.people.add("ann", "labeler")
     store.add_items(completions(1))
     given = store.next(ann)
     texts = lambda key, text="x", theme="": {key: [Completion(Prompt(key, "q", theme), text, True, k) for k in range(2)]}
     for call in (
         lambda: store.submit(ann, given.id, answer(), "k" * 101),
-        lambda: store.add_person("a\x00b", "labeler"),
+        lambda: store.people.add("a\x00b", "labeler"),
         lambda: store.set_criterion("\ud800"),
         lambda: store.add_items(texts("i" * 501)),
         lambda: store.add_items(texts("i", "\ud800")),
@@ -318,7 +318,7 @@ def test_what_no_database_holds_is_a_sentence(make):
     ):
         with pytest.raises(UserError):
             call()
-    assert store.check_password("ann", "\ud800") is None and store.progress()["items"] == 1
+    assert store.people.check_password("ann", "\ud800") is None and store.progress()["items"] == 1
 
 
 def test_items_that_are_wrong(make):
@@ -337,17 +337,17 @@ def test_items_that_are_wrong(make):
 
 def test_people_and_passwords(make):
     store = make()
-    store.add_person("ann", "owner", "a long password")
-    store.add_person("bob", "labeler")
-    assert store.check_password("ann", "a long password").role == "owner"
-    assert store.check_password("ann", "another") is None is store.check_password("bob", "") is store.check_password("nobody", "x")
-    with store._engine.begin() as connection:
+    store.people.add("ann", "owner", "a long password")
+    store.people.add("bob", "labeler")
+    assert store.people.check_password("ann", "a long password").role == "owner"
+    assert store.people.check_password("ann", "another") is None is store.people.check_password("bob", "") is store.people.check_password("nobody", "x")
+    with store.database.engine.begin() as connection:
         kept = connection.execute(text("select password from people where name = 'ann'")).scalar()
     assert kept.startswith("$argon2id$") and "long password" not in str(store.log())
     with pytest.raises(UserError, match="called 'ann' already"):
-        store.add_person(" ann ", "labeler")
+        store.people.add(" ann ", "labeler")
     with pytest.raises(UserError, match="Did you mean 'labeler'"):
-        store.add_person("cy", "labeller")
+        store.people.add("cy", "labeller")
 
 
 def test_criteria_are_kept(make):
@@ -365,7 +365,7 @@ def test_many_at_once(make):
     """Eight labelers at the same time, each submit sent twice at once: every item by two people, every label once."""
     store = make(overlap=2)
     store.add_items(completions(40))
-    people = [store.add_person(f"l{i}", "labeler") for i in range(8)]
+    people = [store.people.add(f"l{i}", "labeler") for i in range(8)]
     failures, accepted = [], Counter()
 
     def labeler(person):
@@ -389,7 +389,7 @@ def test_many_at_once(make):
     assert accepted == {f"p{i}": 2 for i in range(40)}
     got = list(store.rankings())
     assert len(got) == 80 and len({(r.prompt_id, r.labeler) for r in got}) == 80
-    with store._engine.begin() as connection:
+    with store.database.engine.begin() as connection:
         keys = connection.execute(select(assignments.c.id, assignments.c.label)).all()
     assert all(row.label["ranks"] == np.random.default_rng(row.id).integers(1, 4, 3).tolist() for row in keys)
 
@@ -398,12 +398,12 @@ def test_what_was_acknowledged_survives_a_kill(make, url, tmp_path):
     """A process that submits is killed at any moment, five times; each label it was told of is there once."""
     store = make()
     store.add_items(completions(400))
-    store.add_person("ann", "labeler")
+    store.people.add("ann", "labeler")
     program = f"""
 import sys
 from accord.feedback.store import *
 store = Store.open({url!r}, QueueSettings(gold_share=0, repeat_share=0))
-ann = store.person("ann")
+ann = store.people.get("ann")
 while (given := store.next(ann)) is not None:
     print("try", given.id, flush=True)
     if store.submit(ann, given.id, Label(ranks=(1, 2, 3)), f"k{{given.id}}"):
@@ -420,7 +420,7 @@ while (given := store.next(ann)) is not None:
         told += [line.split() for line in process.stdout.read().splitlines()]
         process.wait()
     kept = {int(number) for what, number in told if what == "kept"}
-    with store._engine.begin() as connection:
+    with store.database.engine.begin() as connection:
         rows = connection.execute(select(assignments.c.id).where(assignments.c.state == "done")).scalars().all()
         labels = connection.execute(text("select count(*) from events where kind = 'submitted'")).scalar()
     tried = {int(number) for what, number in told if what == "try"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a file or dataset, each with its place (``file:row``) for error messages.
 
-    ``source`` is a ``.jsonl``, ``.json`` (a list), ``.parquet`` or ``.txt`` (a prompt a line) file, or
+    ``source`` is a ``.jsonl``, ``.json`` (a list), ``.parquet``, ``.csv`` (with a header) or ``.txt`` (a prompt a line) file, or
     ``hf:ORG/NAME[:SPLIT]`` for a Hugging Face dataset (needs the ``datasets`` package).
     """
     name = str(source)
@@ -52,8 +54,38 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if line.strip():
                 place = f"{path}:{number}"
                 yield place, _object(_json(line, place), place)
+    elif path.suffix == ".csv":
+        yield from _csv_rows(text, path)
     else:
-        raise UserError(f"{path}: unknown kind of file '{path.suffix}'; use .jsonl, .json, .parquet or .txt.")
+        raise UserError(f"{path}: unknown kind of file '{path.suffix}'; use .jsonl, .json, .parquet, .csv or .txt.")
+
+
+TEXTS = (*PROMPT_FIELDS, "id", "prompt_id", "completion", "chosen", "rejected", "labeler", "theme", "criterion")
+"""Fields of a CSV file that are taken as they are written; other cells are numbers, lists and such, as in JSON."""
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    try:
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{place} has {'more' if None in row else 'fewer'} cells than the header has names ({len(reader.fieldnames or [])})."
+                )
+            yield place, {name: _cell(name, value) for name, value in row.items() if value != ""}
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num} is no row of a CSV file: {error}.") from None
+
+
+def _cell(name: str, value: str) -> Any:
+    if name in TEXTS and not value.startswith("[{"):  # chat messages
+        return value
+    try:
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _json(text: str, place: str) -> Any:

@@ -16,6 +16,24 @@ people = Table(
     Column("created", Float, nullable=False),  # every time is in seconds since 1970
 )  # fmt: skip
 
+invitations = Table(
+    "invitations", metadata,
+    Column("token", String(64), primary_key=True),  # its SHA-256
+    Column("role", String(20), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("expires", Float, nullable=False),
+    Column("taken_by", ForeignKey("people.id")),
+)  # fmt: skip
+
+sessions = Table(
+    "sessions", metadata,
+    Column("token", String(64), primary_key=True),  # its SHA-256
+    Column("person", ForeignKey("people.id"), nullable=False),
+    Column("csrf", String(64), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("used", Float, nullable=False),
+)  # fmt: skip
+
 criteria = Table(
     "criteria", metadata,
     Column("version", String(80), primary_key=True),

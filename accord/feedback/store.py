@@ -11,43 +11,27 @@ has seen before are mixed in; a new labeler starts with the calibration items.
 from __future__ import annotations
 
 import hashlib
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import URL, Connection, Engine, and_, create_engine, event, exists, func, insert, make_url, or_, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy import Connection, and_, exists, func, insert, or_, select, update
 
 from accord.data.records import Completion, Prompt, Ranking
-from accord.data.sources import is_unicode
-from accord.errors import UserError, did_you_mean, first_line
+from accord.errors import UserError, did_you_mean
+from accord.feedback.database import Database, check_text
+from accord.feedback.people import People, Person
 from accord.feedback.schema import assignments, criteria, events, items, people
+from accord.feedback.settings import QueueSettings
 
-ROLES = ("owner", "reviewer", "labeler")
 Kind = Literal["real", "gold", "calibration"]
 FLAGS = ("toxic", "false", "refuses needlessly", "leaks", "other")
-QUEUE = 4_217  # PostgreSQL's advisory lock of whoever writes
 MOST = 9  # completions of a prompt: a digit each
-
-
-class QueueSettings(BaseModel):
-    """How items are given out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    overlap: int = Field(1, ge=1, description="Labelers who rank each prompt")
-    lease: float = Field(1800.0, gt=0, description="Seconds that an opened item is kept for its labeler")
-    gold_share: float = Field(0.05, ge=0, le=0.5, description="Share of items with a known answer that are mixed in")
-    repeat_share: float = Field(0.05, ge=0, le=0.5, description="Share of items that a labeler sees a second time")
-    repeat_after: int = Field(10, ge=1, description="Items between an item and its repetition, at least")
-    seed: int = Field(0, ge=0, description="Order of items of one priority, and of completions")
+FIRST, AGAIN, RULING = range(3)
+"""Rounds of an assignment: the labeler's ranking, the same item shown to the same person again, a reviewer's decision."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +80,6 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Person:
-    id: int
-    name: str
-    role: str
-
-
-@dataclass(frozen=True)
 class Assignment:
     """An item as one labeler sees it.
 
@@ -125,8 +102,9 @@ class Assignment:
 class Store:
     """Open with :meth:`open`. Every method is one transaction."""
 
-    def __init__(self, engine: Engine, settings: QueueSettings, clock: Callable[[], float] = time.time) -> None:
-        self._engine, self.settings, self._clock = engine, settings, clock
+    def __init__(self, database: Database, settings: QueueSettings) -> None:
+        self.database, self.settings = database, settings
+        self.people = People(database)
 
     @classmethod
     def open(cls, url: str | Path, settings: QueueSettings | None = None, clock: Callable[[], float] = time.time) -> Store:
@@ -135,102 +113,30 @@ class Store:
         Raises:
             UserError: it cannot be opened.
         """
-        shown = str(url)
-        try:
-            if "://" in shown:
-                place = make_url(shown.replace("postgresql://", "postgresql+psycopg://", 1))
-            else:
-                place = URL.create("sqlite", database=str(Path(shown).expanduser().absolute()))
-            shown = place.render_as_string(hide_password=True)
-            engine = create_engine(place, pool_pre_ping=True)
-            if engine.dialect.name == "sqlite":
-                event.listen(engine, "connect", _sqlite_connection)
-                event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-            store = cls(engine, settings or QueueSettings.model_validate({}), clock)
-            with store._begin() as connection:
-                _migrate(connection)
-                connection.execute(update(items).values(wanted=items.c.taken < store.settings.overlap))
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"The label store {shown} cannot be opened: {first_line(error)}") from None
+        store = cls(Database.open(url, clock), settings or QueueSettings.model_validate({}))
+        with store.database.write() as connection:
+            connection.execute(update(items).values(wanted=items.c.taken < store.settings.overlap))
         return store
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
-    @contextmanager
-    def _begin(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
-            # On PostgreSQL one writer after the other too, as SQLite has it: what was read still holds when it is written.
-            if connection.dialect.name == "postgresql":
-                connection.execute(select(func.pg_advisory_xact_lock(QUEUE)))
-            yield connection
-
-    @contextmanager
-    def _look(self) -> Iterator[Connection]:
-        """To read only; on PostgreSQL it waits for nobody."""
-        with self._engine.begin() as connection:
-            yield connection
-
-    # People and what they are told.
-
-    def add_person(self, name: str, role: str, password: str | None = None) -> Person:
-        """A new person. ``password`` is hashed (argon2id) before it is kept.
-
-        Raises:
-            UserError: the name is taken or empty, or there is no such role.
-        """
-        if role not in ROLES:
-            raise UserError(f"There is no role '{role}'; there are {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
-        _check_text(name, "A person's name", 200)
-        row = {
-            "name": name.strip(),
-            "role": role,
-            "password": password and _hasher().hash(password),
-            "active": True,
-            "created": self._clock(),
-        }
-        try:
-            with self._begin() as connection:
-                number = connection.execute(insert(people).values(**row)).inserted_primary_key[0]  # type: ignore[index]
-                self._note(connection, "person added", number, after={"name": row["name"], "role": role})
-        except IntegrityError:
-            raise UserError(f"There is a person called '{name.strip()}' already.") from None
-        return Person(number, name.strip(), role)
-
-    def person(self, name: str) -> Person | None:
-        """An active person by name."""
-        with self._look() as connection:
-            row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
-        return Person(row.id, row.name, row.role) if row is not None else None
-
-    def check_password(self, name: str, password: str) -> Person | None:
-        """Who this is, or None. It takes as long for a name that there is not."""
-        from argon2.exceptions import InvalidHashError, VerificationError
-
-        with self._look() as connection:
-            row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
-        if not is_unicode(password):
-            return None
-        try:
-            _hasher().verify(row.password if row is not None and row.password else _nobody(), password)
-        except (VerificationError, InvalidHashError):
-            return None
-        return Person(row.id, row.name, row.role) if row is not None and row.password else None
+    # What people are told.
 
     def set_criterion(self, text: str) -> str:
         """The text that labelers are shown from now on; its version follows from the text. Labels keep the version they were given by."""
-        _check_text(text, "A criterion", 10**6)
-        version, now = hashlib.sha256(text.encode()).hexdigest()[:12], self._clock()
-        with self._begin() as connection:
+        check_text(text, "A criterion", 10**6)
+        version, now = hashlib.sha256(text.encode()).hexdigest()[:12], self.database.clock()
+        with self.database.write() as connection:
             again = connection.execute(update(criteria).where(criteria.c.version == version).values(created=now))
             if not again.rowcount:
                 connection.execute(insert(criteria).values(version=version, text=text, created=now))
-            self._note(connection, "criterion set", None, after={"version": version})
+            self.database.note(connection, "criterion set", None, after={"version": version})
         return version
 
     def criterion(self) -> tuple[str, str] | None:
         """(version, text) of the one that is in force."""
-        with self._look() as connection:
+        with self.database.read() as connection:
             return self._in_force(connection)
 
     def _in_force(self, connection: Connection) -> tuple[str, str] | None:
@@ -260,13 +166,13 @@ class Store:
             UserError: a prompt has no two completions or more than nine, is there with other texts, or lacks its known ranks.
         """
         fresh: list[dict[str, Any]] = []
-        with self._begin() as connection:
+        with self.database.write() as connection:
             there = self._there(connection, list(completions))
             for key, group in completions.items():
-                _check_text(key, "A prompt's id", 500)
-                _check_text(group[0].prompt.theme, f"Prompt '{key}': its theme", 200, empty=True)
+                check_text(key, "A prompt's id", 500)
+                check_text(group[0].prompt.theme, f"Prompt '{key}': its theme", 200, empty=True)
                 for completion in group:
-                    _check_text(completion.text, f"Prompt '{key}': a completion", 10**6, empty=True)
+                    check_text(completion.text, f"Prompt '{key}': a completion", 10**6, empty=True)
                 if not 2 <= len(group) <= MOST:
                     raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
                 texts = [{"text": c.text, "finished": c.finished} for c in group]
@@ -286,11 +192,11 @@ class Store:
                 fresh.append({
                     "prompt_id": key, "theme": group[0].prompt.theme, "content": content, "completions": texts, "kind": kind,
                     "gold": known and list(known), "priority": float((priority or {}).get(key, 0.0)),
-                    "place": _share(f"{self.settings.seed}/{key}"), "taken": 0, "wanted": True, "created": self._clock(),
+                    "place": _share(f"{self.settings.seed}/{key}"), "taken": 0, "wanted": True, "created": self.database.clock(),
                 })  # fmt: skip
             if fresh:
                 connection.execute(insert(items), fresh)
-            self._note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
+            self.database.note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
         return len(fresh)
 
     def _there(self, connection: Connection, keys: list[str], chunk: int = 500) -> dict[str, Any]:
@@ -305,8 +211,8 @@ class Store:
 
     def next(self, person: Person) -> Assignment | None:
         """What this labeler does next: what they have open, or something new, leased to them; None if there is nothing left."""
-        now = self._clock()
-        with self._begin() as connection:
+        now = self.database.clock()
+        with self.database.write() as connection:
             self._end_leases(connection, now)
             own = select(assignments).join(items, items.c.id == assignments.c.item).where(assignments.c.person == person.id)
             own = own.where(or_(assignments.c.state == "open", and_(assignments.c.state == "late", items.c.wanted)))
@@ -327,7 +233,7 @@ class Store:
                 }
                 key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
                 self._take(connection, item, number, +1)
-                self._note(connection, "opened", person.id, key)
+                self.database.note(connection, "opened", person.id, key)
             else:
                 key = row.id
                 self._hold(connection, row)
@@ -347,12 +253,12 @@ class Store:
         if row.state == "late":
             self._take(connection, row.item, row.round, +1)
         state = "open" if row.state == "late" else row.state
-        lease = self._clock() + self.settings.lease
+        lease = self.database.clock() + self.settings.lease
         connection.execute(update(assignments).where(assignments.c.id == row.id).values(state=state, lease=lease, **values))
 
     def _take(self, connection: Connection, item: int, number: int, by: int) -> None:
         """Count one more, or one fewer, of an item's rankings; what is shown again to the same person is not among them."""
-        if number == 0 and by:
+        if number == FIRST and by:
             taken = items.c.taken + by
             connection.execute(update(items).where(items.c.id == item).values(taken=taken, wanted=taken < self.settings.overlap))
 
@@ -360,26 +266,26 @@ class Store:
         """(item, round) of the next one: calibration first, then now and then gold or a repetition, else what is asked for most."""
         calibration = self._unseen(connection, person, "calibration")
         if calibration is not None:
-            return calibration, 0
+            return calibration, FIRST
         mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state != "open")
         done = int(connection.execute(mine).scalar_one())
         luck = np.random.default_rng([self.settings.seed, person.id, done]).random()
         if luck < self.settings.gold_share:
             gold = self._unseen(connection, person, "gold")
             if gold is not None:
-                return gold, 0
+                return gold, FIRST
         elif luck < self.settings.gold_share + self.settings.repeat_share:
             again = self._repeat(connection, person)
             if again is not None:
-                return again, 1
+                return again, AGAIN
         real = self._unseen(connection, person, "real")
-        return None if real is None else (real, 0)
+        return None if real is None else (real, FIRST)
 
     def _unseen(self, connection: Connection, person: Person, kind: Kind) -> int | None:
         """An item that this person has not had; of real ones, one that has not been given out often enough: of those with the
         highest priority the first from this person's own place on."""
         a = assignments.alias()
-        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id, a.c.round == 0)
+        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id, a.c.round == FIRST)
         some = select(items.c.id, items.c.priority).where(items.c.kind == kind, ~seen)
         if kind == "real":
             some = some.where(items.c.wanted)
@@ -396,10 +302,10 @@ class Store:
     def _repeat(self, connection: Connection, person: Person) -> int | None:
         """A real item that this person ranked some while ago, and has not seen twice."""
         again = assignments.alias()
-        twice = exists().where(again.c.item == assignments.c.item, again.c.person == person.id, again.c.round == 1)
+        twice = exists().where(again.c.item == assignments.c.item, again.c.person == person.id, again.c.round == AGAIN)
         query = select(assignments.c.item).join(items, items.c.id == assignments.c.item)
         query = query.where(
-            assignments.c.person == person.id, assignments.c.state == "done", assignments.c.round == 0, items.c.kind == "real", ~twice
+            assignments.c.person == person.id, assignments.c.state == "done", assignments.c.round == FIRST, items.c.kind == "real", ~twice
         )
         rows = connection.execute(query.order_by(assignments.c.closed.desc())).all()
         return rows[-1].item if len(rows) > self.settings.repeat_after else None
@@ -427,7 +333,7 @@ class Store:
         Raises:
             UserError: it is not theirs, or there is none.
         """
-        with self._look() as connection:
+        with self.database.read() as connection:
             self._own(connection, person, key)
             return self._assignment(connection, key)
 
@@ -440,7 +346,7 @@ class Store:
 
     def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> None:
         """Keep what is not submitted yet, and the lease."""
-        with self._begin() as connection:
+        with self.database.write() as connection:
             self._hold(connection, self._own(connection, person, key), draft=dict(draft))
 
     def submit(self, person: Person, key: int, label: Label, request: str, seconds: float | None = None) -> bool:
@@ -456,9 +362,9 @@ class Store:
         Raises:
             UserError: the item is not theirs, or the label does not fit it.
         """
-        _check_text(request, "A request's name", 100)
-        now = self._clock()
-        with self._begin() as connection:
+        check_text(request, "A request's name", 100)
+        now = self.database.clock()
+        with self.database.write() as connection:
             row = self._own(connection, person, key)
             if connection.execute(select(events.c.id).where(events.c.assignment == key, events.c.key == request)).first():
                 return False
@@ -466,7 +372,7 @@ class Store:
             label.check(count)
             state = "skipped" if label.reason else "done"
             kind = "changed" if row.label else "skipped" if label.reason else "submitted"
-            self._note(connection, kind, person.id, key, request, row.label, label.to_json())
+            self.database.note(connection, kind, person.id, key, request, row.label, label.to_json())
             holding, now_holding = row.state in ("open", "done"), state == "done"
             self._take(connection, row.item, row.round, now_holding - holding)
             values = {
@@ -476,20 +382,59 @@ class Store:
             connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
         return True
 
+    def rule(self, person: Person, prompt_id: str) -> Assignment:
+        """A real item for this reviewer to decide, whoever ranked it before.
+
+        Raises:
+            UserError: there is no such prompt.
+        """
+        now = self.database.clock()
+        with self.database.write() as connection:
+            item = connection.execute(select(items.c.id).where(items.c.prompt_id == prompt_id, items.c.kind == "real")).scalar_one_or_none()
+            if item is None:
+                raise UserError(f"There is no prompt '{prompt_id}' that people are to rank.")
+            own = select(assignments.c.id).where(
+                assignments.c.item == item, assignments.c.person == person.id, assignments.c.round == RULING
+            )
+            key = connection.execute(own).scalar_one_or_none()
+            if key is None:
+                values = {
+                    "item": item, "person": person.id, "round": RULING, "state": "open", "lease": now + self.settings.lease, "opened": now,
+                    "criterion": self._version(connection),
+                }  # fmt: skip
+                key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
+                self.database.note(connection, "opened to decide", person.id, key)
+            return self._assignment(connection, key)
+
     # What came of it.
+
+    def work_of(self, person: Person, since: float) -> dict[str, int]:
+        """How many items this person has answered, how many of them since a time, and how many real ones wait for them."""
+        seen = exists().where(assignments.c.item == items.c.id, assignments.c.person == person.id, assignments.c.round == FIRST)
+        mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state == "done")
+        left = select(func.count()).select_from(items).where(items.c.kind == "real", items.c.wanted, ~seen)
+        with self.database.read() as connection:
+            count = lambda query: int(connection.execute(query).scalar_one())
+            return {"done": count(mine), "today": count(mine.where(assignments.c.closed >= since)), "left": count(left)}
+
+    def settled(self) -> Iterator[Ranking]:
+        """The rankings to train on: of a prompt that a reviewer has decided the newest decision alone, of others everyone's."""
+        decided = {r.prompt_id: r for r in self.rankings(number=RULING)}
+        yield from decided.values()
+        yield from (r for r in self.rankings() if r.prompt_id not in decided)
 
     def history(self, person: Person, limit: int = 50) -> list[Assignment]:
         """This person's own answers, the last first."""
-        with self._look() as connection:
+        with self.database.read() as connection:
             query = select(assignments.c.id).where(assignments.c.person == person.id, assignments.c.state != "open")
             keys = connection.execute(query.order_by(assignments.c.closed.desc(), assignments.c.id.desc()).limit(limit)).scalars().all()
             return [self._assignment(connection, key) for key in keys]
 
-    def rankings(self, kind: Kind | None = "real", number: int = 0, chunk: int = 1000) -> Iterator[Ranking]:
-        """Every ranking that stands, in the order in which they were given out; skipped items are none. ``number`` 1: of items that were shown again."""
+    def rankings(self, kind: Kind | None = "real", number: int = FIRST, chunk: int = 1000) -> Iterator[Ranking]:
+        """Every ranking that stands, in the order in which they were given out; skipped items are none. ``number``: of which round."""
         last = 0
         while True:
-            with self._look() as connection:
+            with self.database.read() as connection:
                 query = select(assignments.c.id, assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
                 query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
                 query = query.where(assignments.c.state == "done", assignments.c.round == number, assignments.c.id > last)
@@ -504,7 +449,7 @@ class Store:
 
     def completions(self) -> dict[str, list[Completion]]:
         """The real items' prompts and completions, as they were imported."""
-        with self._look() as connection:
+        with self.database.read() as connection:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
         out = {}
         for row in rows:
@@ -514,7 +459,7 @@ class Store:
 
     def progress(self) -> dict[str, int]:
         """Real items, those that have all their rankings, rankings, skips."""
-        with self._look() as connection:
+        with self.database.read() as connection:
             count = lambda *where: int(
                 connection.execute(
                     select(func.count())
@@ -523,7 +468,7 @@ class Store:
                 ).scalar_one()
             )
             total = int(connection.execute(select(func.count()).select_from(items).where(items.c.kind == "real")).scalar_one())
-            first = assignments.c.round == 0
+            first = assignments.c.round == FIRST
             often = select(assignments.c.item).join(items, items.c.id == assignments.c.item)
             often = often.where(items.c.kind == "real", assignments.c.state == "done", first).group_by(assignments.c.item)
             full = often.having(func.count() >= self.settings.overlap).subquery()
@@ -537,7 +482,7 @@ class Store:
 
     def log(self, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
         """Events in their order: who, what, when, before, after."""
-        with self._look() as connection:
+        with self.database.read() as connection:
             query = select(events, people.c.name).join(people, people.c.id == events.c.person, isouter=True).where(events.c.id > after)
             rows = connection.execute(query.order_by(events.c.id).limit(limit)).all()
         return [
@@ -545,56 +490,7 @@ class Store:
             for r in rows
         ]
 
-    def _note(
-        self,
-        connection: Connection,
-        kind: str,
-        person: int | None,
-        assignment: int | None = None,
-        key: str | None = None,
-        before: Any = None,
-        after: Any = None,
-    ) -> None:
-        row = {"at": self._clock(), "person": person, "kind": kind, "assignment": assignment, "key": key, "before": before, "after": after}
-        connection.execute(insert(events).values(**row))
-
 
 def _share(name: str) -> float:
     """A number from 0 to 1 that follows from a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
-
-
-def _check_text(text: str, what: str, most: int, empty: bool = False) -> None:
-    """Refuse what a database does not hold."""
-    if (not text.strip() and not empty) or len(text) > most or "\x00" in text or not is_unicode(text):
-        raise UserError(f"{what} must have {'at most' if empty else '1 to'} {most} characters, without NUL and half surrogate pairs.")
-
-
-def _sqlite_connection(connection: Any, _: Any) -> None:
-    """Transactions are begun by us, for writing, so that two never wait for each other; what is committed survives a power cut."""
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _migrate(connection: Connection) -> None:
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-
-
-def _hasher() -> Any:
-    from argon2 import PasswordHasher
-
-    return PasswordHasher()
-
-
-@cache
-def _nobody() -> str:
-    """The hash of a password that nobody has."""
-    hashed: str = _hasher().hash(secrets.token_hex())
-    return hashed

@@ -1,0 +1,232 @@
+"""Who labels: people with a role, passwords, invitations, and the sessions they are logged in by.
+
+Of a password there is an argon2id hash, of a session's and an invitation's token a SHA-256: who reads the database can log in
+as nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from accord.data.sources import is_unicode
+from accord.errors import UserError, did_you_mean
+from accord.feedback.database import Database, check_text
+from accord.feedback.schema import invitations, people, sessions
+
+ROLES = ("owner", "reviewer", "labeler")
+SHORTEST, LONGEST = 10, 1000  # characters of a password
+DAYS = 86_400.0
+INVITED = 7 * DAYS
+"""Seconds for which an invitation can be taken."""
+IDLE, TOUCH = 14 * DAYS, 600.0
+"""Seconds after which an unused session has ended; how exactly its last use is noted."""
+
+
+@dataclass(frozen=True)
+class Person:
+    id: int
+    name: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """Somebody who is logged in. ``csrf``: what their pages send along with every change, and nobody else's page knows."""
+
+    person: Person
+    csrf: str
+
+
+class People:
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, name: str, role: str, password: str | None = None) -> Person:
+        """A new person. ``password`` is hashed (argon2id) before it is kept; without one they cannot log in.
+
+        Raises:
+            UserError: the name is taken or empty, there is no such role, or the password is too short or too long.
+        """
+        row = self._row(name, role, password)
+        with self._db.write() as connection:
+            return self._insert(connection, row)
+
+    def _row(self, name: str, role: str, password: str | None) -> dict[str, Any]:
+        _check_role(role)
+        check_text(name, "A person's name", 200)
+        hashed = None
+        if password is not None:
+            check_password(password)
+            hashed = _hasher().hash(password)
+        return {"name": name.strip(), "role": role, "password": hashed, "active": True, "created": self._db.clock()}
+
+    def _insert(self, connection: Connection, row: dict[str, Any]) -> Person:
+        try:
+            with connection.begin_nested():
+                number = connection.execute(insert(people).values(**row)).inserted_primary_key[0]  # type: ignore[index]
+        except IntegrityError:
+            raise UserError(f"There is a person called '{row['name']}' already.") from None
+        self._db.note(connection, "person added", number, after={"name": row["name"], "role": row["role"]})
+        return Person(number, row["name"], row["role"])
+
+    def get(self, name: str) -> Person | None:
+        """An active person by name."""
+        with self._db.read() as connection:
+            row = connection.execute(select(people).where(people.c.name == name, people.c.active)).one_or_none()
+        return Person(row.id, row.name, row.role) if row is not None else None
+
+    def everyone(self) -> list[dict[str, Any]]:
+        """All people: id, name, role, active, logs_in (they have a password), created."""
+        with self._db.read() as connection:
+            rows = connection.execute(select(people).order_by(people.c.id)).all()
+        return [
+            {"id": r.id, "name": r.name, "role": r.role, "active": r.active, "logs_in": r.password is not None, "created": r.created}
+            for r in rows
+        ]
+
+    def set_active(self, number: int, active: bool, by: Person) -> None:
+        """Shut somebody out, or let them in again; what they said stays. Their sessions end.
+
+        Raises:
+            UserError: there is no such person, or it is the last active owner.
+        """
+        with self._db.write() as connection:
+            row = connection.execute(select(people).where(people.c.id == number)).one_or_none() if 0 < number < 2**31 else None
+            if row is None:
+                raise UserError(f"There is no person {number}.")
+            owners = select(func.count()).select_from(people).where(people.c.role == "owner", people.c.active, people.c.id != number)
+            if not active and row.role == "owner" and not connection.execute(owners).scalar_one():
+                raise UserError(f"'{row.name}' is the only owner; make another one first.")
+            connection.execute(update(people).where(people.c.id == number).values(active=active))
+            if not active:
+                connection.execute(delete(sessions).where(sessions.c.person == number))
+            self._db.note(connection, "person shut out" if not active else "person let in", by.id, after={"person": number})
+
+    def check_password(self, name: str, password: str) -> Person | None:
+        """Who this is, or None. It takes as long for a name that there is not."""
+        from argon2.exceptions import InvalidHashError, VerificationError
+
+        if not is_unicode(password) or not is_unicode(name) or len(password) > LONGEST or "\x00" in name:
+            return None
+        with self._db.read() as connection:
+            row = connection.execute(select(people).where(people.c.name == name.strip(), people.c.active)).one_or_none()
+        try:
+            _hasher().verify(row.password if row is not None and row.password else _nobody(), password)
+        except (VerificationError, InvalidHashError):
+            return None
+        return Person(row.id, row.name, row.role) if row is not None and row.password else None
+
+    # Invitations.
+
+    def invite(self, role: str, by: Person | None = None) -> str:
+        """The token of a link by which one person may choose a name and a password, once, within a week.
+
+        Raises:
+            UserError: there is no such role.
+        """
+        _check_role(role)
+        token, now = secrets.token_urlsafe(24), self._db.clock()
+        with self._db.write() as connection:
+            connection.execute(insert(invitations).values(token=_digest(token), role=role, created=now, expires=now + INVITED))
+            self._db.note(connection, "invited", by.id if by is not None else None, after={"role": role})
+        return token
+
+    def invited(self, token: str) -> str | None:
+        """The role that an invitation gives, or None if it is not one, was taken or has ended."""
+        with self._db.read() as connection:
+            return self._invited(connection, token)
+
+    def _invited(self, connection: Connection, token: str) -> str | None:
+        if not is_unicode(token):
+            return None
+        query = select(invitations.c.role).where(
+            invitations.c.token == _digest(token), invitations.c.taken_by.is_(None), invitations.c.expires > self._db.clock()
+        )
+        role: str | None = connection.execute(query).scalar_one_or_none()
+        return role
+
+    def accept(self, token: str, name: str, password: str) -> Person:
+        """Take an invitation.
+
+        Raises:
+            UserError: it cannot be taken any more, the name is taken, or the password is too short.
+        """
+        row = self._row(name, "labeler", password)
+        with self._db.write() as connection:
+            role = self._invited(connection, token)
+            if role is None:
+                raise UserError("This invitation was taken already or has ended; ask for another one.")
+            person = self._insert(connection, row | {"role": role})
+            connection.execute(update(invitations).where(invitations.c.token == _digest(token)).values(taken_by=person.id))
+        return person
+
+    # Sessions.
+
+    def log_in(self, person: Person) -> str:
+        """A new session's token. It is never one that was there before (so that nobody can be given theirs)."""
+        token, now = secrets.token_urlsafe(32), self._db.clock()
+        row = {"token": _digest(token), "person": person.id, "csrf": secrets.token_urlsafe(24), "created": now, "used": now}
+        with self._db.write() as connection:
+            connection.execute(delete(sessions).where(sessions.c.used < now - IDLE))
+            connection.execute(insert(sessions).values(**row))
+            self._db.note(connection, "logged in", person.id)
+        return token
+
+    def session(self, token: str) -> Session | None:
+        """Who is logged in by this token."""
+        if not is_unicode(token):
+            return None
+        now = self._db.clock()
+        query = select(sessions, people.c.name, people.c.role).join(people, people.c.id == sessions.c.person)
+        with self._db.read() as connection:
+            row = connection.execute(
+                query.where(sessions.c.token == _digest(token), sessions.c.used > now - IDLE, people.c.active)
+            ).one_or_none()
+        if row is None:
+            return None
+        if now - row.used > TOUCH:
+            with self._db.write() as connection:
+                connection.execute(update(sessions).where(sessions.c.token == row.token).values(used=now))
+        return Session(Person(row.person, row.name, row.role), row.csrf)
+
+    def log_out(self, token: str) -> None:
+        """End a session."""
+        with self._db.write() as connection:
+            connection.execute(delete(sessions).where(sessions.c.token == _digest(token)))
+
+
+def check_password(password: str) -> None:
+    """Raises:
+    UserError: it is too short, too long, or no text.
+    """
+    if not SHORTEST <= len(password) <= LONGEST or not is_unicode(password):
+        raise UserError(f"A password has {SHORTEST} to {LONGEST} characters; a few words that only you put together are easy to keep.")
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise UserError(f"There is no role '{role}'; there are {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _hasher() -> Any:
+    from argon2 import PasswordHasher
+
+    return PasswordHasher()
+
+
+@cache
+def _nobody() -> str:
+    """The hash of a password that nobody has."""
+    hashed: str = _hasher().hash(secrets.token_hex())
+    return hashed

@@ -1,0 +1,120 @@
+"""A real server of the pages, on this machine or on a network."""
+
+from __future__ import annotations
+
+import getpass
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from accord.errors import UserError
+from accord.feedback.people import Person
+from accord.feedback.store import Store
+from accord.feedback.web.server import LOOPBACK, make_app
+from accord.feedback.web.site import WebSettings
+
+
+def is_loopback(host: str) -> bool:
+    return host in (*LOOPBACK, "::1") or host.startswith("127.")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for a server; ``port`` 0 takes any that is free.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened at: {error.strerror or error}. Give another --port or --host.") from None
+
+
+def address(listening: socket.socket) -> str:
+    """The address to give a browser."""
+    host, port = listening.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def only_person(store: Store) -> Person:
+    """Who labels where nobody logs in: an owner with the name of this machine's user."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):
+        name = "me"
+    return store.people.get(name) or store.people.add(name, "owner")
+
+
+def web_settings(store: Store, host: str, accounts: bool, https: bool = False, hosts: tuple[str, ...] = ()) -> WebSettings:
+    """Raises:
+    UserError: others could reach the pages, and nobody would have to log in.
+    """
+    if accounts:
+        return WebSettings(https=https, hosts=hosts)
+    if not is_loopback(host):
+        raise UserError(f"On {host} others can reach the pages, so people must log in: give --accounts. Without it accord listens on 127.0.0.1 only.")  # fmt: skip
+    if _owners(store):
+        raise UserError("People of this store log in; give --accounts.")
+    return WebSettings(alone=only_person(store))
+
+
+def _owners(store: Store) -> bool:
+    """Whether an owner can log in."""
+    return any(p["role"] == "owner" and p["active"] and p["logs_in"] for p in store.people.everyone())
+
+
+def first_owner(store: Store, at: str) -> str | None:
+    """The link by which the first owner chooses a name and a password; None if there is an owner who can log in."""
+    if _owners(store):
+        return None
+    return f"{at}/invite/{store.people.invite('owner')}"
+
+
+def _server(store: Store, settings: WebSettings) -> uvicorn.Server:
+    config = uvicorn.Config(
+        make_app(store, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=settings.https,
+        forwarded_allow_ips="127.0.0.1", timeout_graceful_shutdown=5, lifespan="off",
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def serve(store: Store, settings: WebSettings, listening: socket.socket) -> None:
+    """Until SIGINT or SIGTERM; requests that have begun are answered."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn takes both, and raises them again when it is done
+    _server(store, settings).run(sockets=[listening])
+
+
+@contextmanager
+def serving(store: Store, settings: WebSettings, listening: socket.socket) -> Iterator[Callable[[], None]]:
+    """In a thread, while something else goes on. What is given raises if the server has ended."""
+    server = _server(store, settings)
+    server.capture_signals = _nothing  # type: ignore[method-assign]  # they are the main thread's
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+
+    def check() -> None:
+        if not thread.is_alive():
+            raise UserError("The labeling server has ended; start again.")
+
+    try:
+        while not server.started:
+            check()
+            time.sleep(0.01)
+        yield check
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,501 @@
+// The labeling page. What a labeler does is in `state` and, at once, in this browser's storage; the server has it a moment later.
+// Answers leave by the outbox, which sends each until the server has acknowledged it, also after the page was closed: a request
+// names itself, so that sending it twice changes nothing.
+
+const $ = (id) => document.getElementById(id);
+const meta = (name) => document.querySelector(`meta[name=${name}]`).content;
+const ME = meta("person");
+const OUTBOX = `accord.outbox.${ME}`;
+const draftKey = (id) => `accord.draft.${ME}.${id}`;
+const LETTERS = "ABCDEFGHI";
+const IDLE = 60_000; // milliseconds without a key or a click after which time on the item stands still
+const DRAFT = 500; // milliseconds after a change until the server has the draft too
+
+let item = null; // what is shown
+let state = null; // {ranks, ratings, flags, note}: what is said of it, by place
+let past = [], future = []; // for undo and redo
+let at = 0; // the answer that keys speak of
+let before = 0; // the one that they spoke of before: differences are from it
+let expects = ""; // "rating" or "flag": what the next digit means
+let plain = false;
+let seconds = 0, ticked = Date.now(), touched = Date.now();
+let last = null; // the item that was answered last: undo goes back to it
+let sending = false, wait = 1000, retry = null, draftTimer = null, drafting = null;
+
+// What the browser keeps.
+
+function stored(key, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(key)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+const keep = (key, value) => localStorage.setItem(key, JSON.stringify(value));
+
+// The server. A refusal has its status; no connection has none.
+
+class Refused extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+async function ask(method, path, body, more = {}) {
+  const headers = { "X-CSRF-Token": meta("csrf") };
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...more });
+  const answer = await response.json().catch(() => ({ error: "The server's answer cannot be read." }));
+  if (!response.ok) throw new Refused(response.status, answer.error ?? response.statusText);
+  return answer;
+}
+
+const passing = (error) => !(error instanceof Refused) || error.status >= 500 || error.status === 429; // worth another try
+
+function banner(text, good = false) {
+  $("banner").hidden = !text;
+  if ($("banner").textContent !== text) $("banner").textContent = text;
+  $("banner").classList.toggle("good", good);
+}
+
+const say = (text) => { $("live").textContent = text; };
+
+function counts(work) {
+  if (work) $("counts").textContent = `${work.today} today · ${work.done} in all · ${work.left} left`;
+}
+
+// The outbox.
+
+function newName() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16)); // crypto.randomUUID is not there without TLS
+  return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
+}
+
+async function send() {
+  if (sending) return;
+  sending = true;
+  clearTimeout(retry);
+  try {
+    for (let waiting = stored(OUTBOX, []); waiting.length; waiting = stored(OUTBOX, [])) {
+      const { id, body } = waiting[0];
+      await drafting; // a draft must not arrive after its answer
+      let answer;
+      try {
+        answer = await ask("POST", `/api/items/${id}/label`, body);
+      } catch (error) {
+        if (passing(error)) throw error;
+        if (error.status === 401 || error.status === 403) throw error;
+        banner(`An answer was refused: ${error.message}`);
+        answer = {};
+      }
+      keep(OUTBOX, stored(OUTBOX, []).filter((entry) => entry.body.request !== body.request));
+      counts(answer.work);
+      if (answer.gold) await calibrate(answer.gold, body.ranks);
+    }
+    wait = 1000;
+    if (!$("banner").classList.contains("good") && $("banner").textContent.startsWith("No connection")) banner("");
+    if (item === null) await next();
+  } catch (error) {
+    failed(error);
+  } finally {
+    sending = false;
+  }
+}
+
+function failed(error) {
+  if (passing(error)) return offline();
+  if (![401, 403].includes(error.status) || Date.now() - stored("accord.reloaded", 0) < 60_000) return banner(error.message);
+  keep("accord.reloaded", Date.now()); // logged out, or in again elsewhere: the page brings to the login, or a new token
+  location.reload();
+}
+
+function offline() {
+  const waiting = stored(OUTBOX, []).length;
+  banner(`No connection. ${waiting ? `${waiting} ${waiting === 1 ? "answer is" : "answers are"} kept in this browser and sent` : "It goes on"} when it is back.`);
+  clearTimeout(retry);
+  retry = setTimeout(() => (item === null || stored(OUTBOX, []).length ? send() : banner("")), wait);
+  wait = Math.min(wait * 2, 30_000);
+}
+
+// Items.
+
+async function next() {
+  const { item: given, work } = await ask("POST", "/api/next");
+  counts(work);
+  show(given);
+}
+
+async function open(id) {
+  try {
+    const { item: given, work } = await ask("GET", `/api/items/${id}`);
+    counts(work);
+    show(given);
+  } catch (error) {
+    failed(error);
+  }
+}
+
+function blank(count) {
+  const each = (value) => Array.from({ length: count }, () => structuredClone(value));
+  return { ranks: each(null), ratings: each(null), flags: each([]), note: "" };
+}
+
+function show(given) {
+  item = given;
+  $("work").hidden = !given;
+  $("empty").hidden = Boolean(given);
+  if (!given) return say("Nothing waits for you.");
+  const count = given.completions.length;
+  const said = given.label && !given.label.reason ? given.label : {};
+  const drafts = [given.draft, stored(draftKey(given.id), null)].filter(Boolean).sort((a, b) => b.at - a.at);
+  const source = drafts[0] ?? said;
+  const usable = (values) => Array.isArray(values) && values.length === count;
+  state = blank(count);
+  for (const name of ["ranks", "ratings", "flags"]) if (usable(source[name])) state[name] = structuredClone(source[name]);
+  state.note = source.note ?? "";
+  seconds = drafts[0]?.seconds ?? 0;
+  ticked = touched = Date.now();
+  past = [], future = [], at = 0, before = Math.min(1, count - 1), expects = "";
+  const edits = given.state === "done" || given.state === "skipped";
+  $("mode").hidden = !(given.calibration || edits);
+  $("mode").textContent = edits
+    ? "You are changing an earlier answer. Submit it, or go on with the next item by E and Esc."
+    : "One to begin with: after your answer you see how others rank it.";
+  $("prompt").replaceChildren(...given.prompt.map(turn));
+  $("completions").replaceChildren(...given.completions.map(card));
+  $("board").replaceChildren(...lanes(count));
+  draw();
+  scrollTo(0, 0);
+  $("completions").children[0].focus({ preventScroll: true });
+  say(`New item with ${count} answers.`);
+}
+
+function element(tag, values = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), values);
+  made.append(...children);
+  return made;
+}
+
+function textOf(part) {
+  const made = element("div", { className: plain ? "text plain" : "text" });
+  if (plain) made.textContent = part.text;
+  else made.innerHTML = part.html; // sanitised by the server, and this page's policy runs no inline script
+  return made;
+}
+
+const turn = (part) =>
+  element("div", { className: `turn ${["assistant", "system"].includes(part.role) ? part.role : "user"}` }, element("div", { className: "role", textContent: part.role }), textOf(part));
+
+function card(completion, place) {
+  const count = item.completions.length;
+  const rank = (value, name) => {
+    const button = element("button", { textContent: value, className: value === "F" ? "f" : "" });
+    button.dataset.rank = value;
+    button.setAttribute("aria-label", `Answer ${LETTERS[place]}: ${name}`);
+    button.onclick = () => (go(place), setRank(place, state.ranks[place] === value ? null : value));
+    return button;
+  };
+  const ranks = element("div", { className: "ranks", role: "group" }, ...Array.from({ length: count }, (_, r) => rank(r + 1, `rank ${r + 1}`)), rank("F", "F, no answer"));
+  ranks.setAttribute("aria-label", `Rank of answer ${LETTERS[place]}`);
+  const rating = element("select", {}, element("option", { value: "", textContent: "–" }), ...[1, 2, 3, 4, 5, 6, 7].map((n) => element("option", { value: n, textContent: n })));
+  rating.onchange = () => change((s) => { s.ratings[place] = rating.value ? Number(rating.value) : null; });
+  const flags = $("flags").content.cloneNode(true);
+  for (const button of flags.children) button.onclick = () => flag(place, button.dataset.flag);
+  const made = element(
+    "li", { className: "answer", tabIndex: -1 },
+    element("header", {}, element("span", { className: "letter", textContent: `Answer ${LETTERS[place]}` }), element("span", { className: "badge" })),
+    textOf(completion), ranks,
+    element("div", { className: "more" }, element("label", { textContent: "Rating " }, rating), element("span", { className: "flags" }, flags)),
+  );
+  made.onpointerdown = (event) => { if (!event.target.closest("button, select, a")) go(place); };
+  made.onfocus = () => go(place);
+  return made;
+}
+
+function lanes(count) {
+  return [...Array.from({ length: count }, (_, r) => r + 1), "F", ""].map((rank) => {
+    const name = rank === 1 ? "1 · best" : rank === "F" ? "F · no answer" : rank === "" ? "not ranked" : String(rank);
+    const lane = element("div", { className: "lane" }, element("h3", { textContent: name }));
+    lane.dataset.rank = rank;
+    lane.ondragover = (event) => (event.preventDefault(), lane.classList.add("over"));
+    lane.ondragleave = () => lane.classList.remove("over");
+    lane.ondrop = (event) => {
+      event.preventDefault();
+      lane.classList.remove("over");
+      const place = Number(event.dataTransfer.getData("text/plain"));
+      if (place in state.ranks) go(place), setRank(place, rank === "" ? null : rank);
+    };
+    return lane;
+  });
+}
+
+const titleOf = (rank) => (rank === null ? "" : rank === "F" ? "F" : `Rank ${rank}`);
+const complete = () => state.ranks.every((rank) => rank !== null);
+
+function draw() {
+  for (const [place, made] of [...$("completions").children].entries()) {
+    const rank = state.ranks[place];
+    made.classList.toggle("at", place === at);
+    made.tabIndex = place === at ? 0 : -1;
+    made.setAttribute("aria-label", `Answer ${LETTERS[place]}, ${rank === null ? "not ranked" : titleOf(rank)}`);
+    const badge = made.querySelector(".badge");
+    badge.textContent = titleOf(rank);
+    badge.classList.toggle("fail", rank === "F");
+    for (const button of made.querySelectorAll(".ranks button")) button.setAttribute("aria-pressed", String(button.dataset.rank === String(rank)));
+    for (const button of made.querySelectorAll(".flag")) button.setAttribute("aria-pressed", String(state.flags[place].includes(button.dataset.flag)));
+    made.querySelector("select").value = state.ratings[place] ?? "";
+  }
+  for (const lane of $("board").children) {
+    lane.replaceChildren(lane.firstChild);
+    state.ranks.forEach((rank, place) => {
+      if (String(rank ?? "") !== lane.dataset.rank) return;
+      const chip = element("span", { className: "chip", textContent: LETTERS[place], draggable: true });
+      chip.ondragstart = (event) => event.dataTransfer.setData("text/plain", place);
+      lane.append(chip);
+    });
+  }
+  if ($("note").value !== state.note) $("note").value = state.note;
+  $("submit").disabled = !complete();
+  $("undo").disabled = !past.length && !last;
+  $("redo").disabled = !future.length;
+}
+
+// Changes.
+
+function change(how) {
+  past.push(structuredClone(state));
+  future = [];
+  how(state);
+  changed();
+}
+
+function changed() {
+  touched = Date.now();
+  tick();
+  keep(draftKey(item.id), draft());
+  clearTimeout(draftTimer);
+  draftTimer = setTimeout(saveDraft, DRAFT);
+  draw();
+}
+
+const draft = () => ({ ...state, seconds, at: Date.now() });
+
+function saveDraft(more = {}) {
+  clearTimeout(draftTimer);
+  draftTimer = null;
+  if (item) drafting = ask("PUT", `/api/items/${item.id}/draft`, draft(), more).catch(() => {}); // this browser has it, and the next change tries again
+}
+
+function setRank(place, rank) {
+  change((s) => { s.ranks[place] = rank; });
+  say(`Answer ${LETTERS[place]}: ${rank === null ? "no rank" : titleOf(rank)}.`);
+}
+
+function flag(place, name) {
+  change((s) => { s.flags[place] = s.flags[place].includes(name) ? s.flags[place].filter((f) => f !== name) : [...s.flags[place], name]; });
+}
+
+function go(place) {
+  if (place === at) return;
+  before = at;
+  at = place;
+  expects = "";
+  draw();
+}
+
+function move(by) {
+  go((at + by + state.ranks.length) % state.ranks.length);
+  $("completions").children[at].focus();
+}
+
+function ranked(rank) {
+  setRank(at, rank);
+  const open = state.ranks.findIndex((value, place) => value === null && place > at);
+  const first = open >= 0 ? open : state.ranks.indexOf(null);
+  if (first >= 0) {
+    go(first);
+    $("completions").children[at].focus();
+  }
+}
+
+function undo() {
+  if (!past.length) return last && open(last);
+  future.push(state);
+  state = past.pop();
+  changed();
+  say("Undone.");
+}
+
+function redo() {
+  if (!future.length) return;
+  past.push(state);
+  state = future.pop();
+  changed();
+  say("Done again.");
+}
+
+// Time on the item: what passes while the page is seen and used.
+
+function tick() {
+  const now = Date.now();
+  if (!document.hidden && now - touched < IDLE) seconds += (now - ticked) / 1000;
+  ticked = now;
+}
+setInterval(tick, 1000);
+document.addEventListener("visibilitychange", () => { ticked = Date.now(); });
+addEventListener("pagehide", () => { if (draftTimer) saveDraft({ keepalive: true }); });
+
+// Done with it.
+
+function leave(body) {
+  tick();
+  clearTimeout(draftTimer);
+  draftTimer = null;
+  keep(OUTBOX, [...stored(OUTBOX, []), { id: item.id, body: { request: newName(), seconds, ...body } }]);
+  localStorage.removeItem(draftKey(item.id));
+  last = item.id;
+  item = null;
+  $("work").hidden = true;
+  send();
+}
+
+function submit() {
+  if (!complete()) return say("Some answers have no rank yet.");
+  leave({ ranks: state.ranks, ratings: state.ratings, flags: state.flags, note: state.note });
+}
+
+function skip(reason) {
+  $("skip-dialog").close();
+  if (reason.trim()) leave({ reason: reason.trim(), note: state.note });
+}
+
+function calibrate(gold, mine) {
+  const row = (cells, tag) => element("tr", {}, ...cells.map((cell) => element(tag, { textContent: cell })));
+  const rows = gold.map((rank, place) => row([LETTERS[place], mine[place] ?? "skipped", rank, String(rank) === String(mine[place]) ? "the same" : ""], "td"));
+  $("gold-text").replaceChildren(element("table", { className: "wide" }, row(["answer", "you", "others", ""], "th"), ...rows));
+  $("gold-dialog").showModal();
+  return new Promise((done) => { $("gold-dialog").addEventListener("close", done, { once: true }); });
+}
+
+async function earlier() {
+  try {
+    const { items } = await ask("GET", "/api/history");
+    const list = items.map(({ id, prompt, label }) => {
+      const made = element("button", {}, element("b", { textContent: label?.reason ? `skipped: ${label.reason}` : (label?.ranks ?? []).map((r, p) => `${LETTERS[p]} ${r}`).join(", ") }), element("br"), prompt);
+      made.onclick = () => ($("earlier-dialog").close(), open(id));
+      return made;
+    });
+    $("earlier-list").replaceChildren(...(list.length ? list : [element("p", { textContent: "You have answered nothing yet." })]));
+    $("earlier-dialog").showModal();
+  } catch (error) {
+    failed(error);
+  }
+}
+
+// Differences, word by word: the longest common subsequence.
+
+function difference(first, second) {
+  const words = (text) => (text.match(/\s+|[^\s]+/g) ?? []).slice(0, 3000);
+  const a = words(first), b = words(second);
+  const longest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      longest[i][j] = a[i] === b[j] ? longest[i + 1][j + 1] + 1 : Math.max(longest[i + 1][j], longest[i][j + 1]);
+  const parts = [];
+  const add = (tag, word) => (parts.at(-1)?.tag === tag ? (parts.at(-1).text += word) : parts.push({ tag, text: word }));
+  let i = 0, j = 0;
+  while (i < a.length || j < b.length) {
+    if (i < a.length && j < b.length && a[i] === b[j]) add("span", a[i++]), j++;
+    else if (j >= b.length || (i < a.length && longest[i + 1][j] >= longest[i][j + 1])) add("del", a[i++]);
+    else add("ins", b[j++]);
+  }
+  return parts.map(({ tag, text }) => element(tag, { textContent: text }));
+}
+
+function differ() {
+  const texts = item.completions.map((c) => c.text);
+  const draw = () => $("differ-text").replaceChildren(...difference(texts[$("differ-from").value], texts[$("differ-to").value]));
+  for (const [id, place] of [["differ-from", before === at ? (at + 1) % texts.length : before], ["differ-to", at]]) {
+    $(id).replaceChildren(...texts.map((_, p) => element("option", { value: p, textContent: `Answer ${LETTERS[p]}` })));
+    $(id).value = place;
+    $(id).onchange = draw;
+  }
+  draw();
+  $("differ-dialog").showModal();
+}
+
+function togglePlain() {
+  plain = !plain;
+  $("plain").firstChild.textContent = plain ? "Markdown " : "Plain text ";
+  [...$("prompt").children].forEach((made, k) => made.lastChild.replaceWith(textOf(item.prompt[k])));
+  [...$("completions").children].forEach((made, k) => made.querySelector(".text").replaceWith(textOf(item.completions[k])));
+}
+
+// Keys.
+
+const KEYS = {
+  f: () => ranked("F"), arrowdown: () => move(1), arrowright: () => move(1), j: () => move(1), arrowup: () => move(-1), arrowleft: () => move(-1), k: () => move(-1),
+  backspace: () => setRank(at, null), delete: () => setRank(at, null), enter: submit, s: () => $("skip-dialog").showModal(), z: undo, y: redo, e: earlier, d: differ,
+  n: () => $("note").focus(), m: togglePlain, i: () => { location.href = "/instructions"; }, "?": () => $("help-dialog").showModal(),
+  r: () => { expects = "rating"; say("Rating: a digit from 1 to 7."); }, x: () => { expects = "flag"; say("Flag: its number."); }, escape: () => { expects = ""; },
+};
+
+function digit(value) {
+  const what = expects;
+  expects = "";
+  if (what === "rating") {
+    if (value <= 7) change((s) => { s.ratings[at] = value; });
+  } else if (what === "flag") {
+    const names = [...$("flags").content.children].map((button) => button.dataset.flag);
+    if (value <= names.length) flag(at, names[value - 1]);
+  } else if (value <= state.ranks.length) ranked(value);
+  else say(`There are ${state.ranks.length} answers; ranks go from 1 to ${state.ranks.length}.`);
+}
+
+document.addEventListener("keydown", (event) => {
+  touched = Date.now();
+  const dialog = document.querySelector("dialog[open]");
+  if (dialog) {
+    if (dialog.id === "skip-dialog" && !event.target.matches("input") && /^[1-9]$/.test(event.key)) {
+      const choice = dialog.querySelectorAll(".choices button")[event.key - 1];
+      if (choice) event.preventDefault(), choice.click();
+    }
+    return;
+  }
+  if (event.altKey || event.isComposing || event.repeat && event.key === "Enter") return;
+  if (event.target.matches("textarea, input, select")) {
+    if (event.key === "Escape") $("completions").children[at]?.focus();
+    return;
+  }
+  if (event.ctrlKey || event.metaKey) {
+    if (!item || event.key.toLowerCase() !== "z") return;
+    event.preventDefault();
+    return event.shiftKey ? redo() : undo();
+  }
+  const key = event.key.toLowerCase();
+  if ((key === "enter" || key === " ") && event.target.matches("button, a")) return; // a button that has the focus is pressed
+  if (!item) {
+    if (key === "e") earlier();
+    if (key === "z" && last) open(last);
+    return;
+  }
+  if (/^[1-9]$/.test(event.key)) event.preventDefault(), digit(Number(event.key));
+  else if (Object.hasOwn(KEYS, key)) event.preventDefault(), KEYS[key]();
+});
+document.addEventListener("pointerdown", () => { touched = Date.now(); });
+
+for (const [id, act] of [["submit", submit], ["skip", KEYS.s], ["undo", undo], ["redo", redo], ["differ", differ], ["earlier", earlier], ["plain", togglePlain], ["help", KEYS["?"]]]) $(id).onclick = act;
+for (const button of document.querySelectorAll("dialog .close")) button.onclick = () => button.closest("dialog").close();
+for (const button of $("skip-dialog").querySelectorAll(".choices button")) button.onclick = () => skip(button.value);
+$("skip-form").onsubmit = (event) => (event.preventDefault(), skip($("skip-words").value), ($("skip-words").value = ""));
+$("earlier-dialog").onclose = () => { if (item && item.state !== "open" && item.state !== "late" && !past.length) next().catch(failed); };
+$("note").oninput = () => { state.note = $("note").value; changed(); };
+$("again").onclick = () => next().catch(failed);
+addEventListener("online", () => { wait = 1000; send(); });
+
+// Begin: first what an earlier visit could not send, then an item: the one that was asked for, or the next.
+
+const asked = new URLSearchParams(location.search).get("item");
+if (asked) await open(asked);
+await send();
