@@ -271,7 +271,7 @@ COLORS = ("#1b6ca8", "#7fb3d5", "#2e8b57", "#8fce9f", "#c0392b", "#e59866", "#7d
 
 def chart(found):
     """A row of two for each task: reward against seconds and against KL, mean over seeds, smoothed over five steps."""
-    from accord.evaluation.charts import nice_ticks
+    from accord.data.charts import nice_ticks
 
     wide, high, left, top = 430, 230, 52, 46
     shown = {task: about for task, about in TASKS.items() if any((task, name) in found for name in ALGORITHMS)}

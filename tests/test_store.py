@@ -340,7 +340,12 @@ def test_people_and_passwords(make):
     store.people.add("ann", "owner", "a long password")
     store.people.add("bob", "labeler")
     assert store.people.check_password("ann", "a long password").role == "owner"
-    assert store.people.check_password("ann", "another") is None is store.people.check_password("bob", "") is store.people.check_password("nobody", "x")
+    assert (
+        store.people.check_password("ann", "another")
+        is None
+        is store.people.check_password("bob", "")
+        is store.people.check_password("nobody", "x")
+    )
     with store.database.engine.begin() as connection:
         kept = connection.execute(text("select password from people where name = 'ann'")).scalar()
     assert kept.startswith("$argon2id$") and "long password" not in str(store.log())

@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 import yaml
 
+from accord.data.charts import calibration_chart, line_chart
 from accord.data.records import Completion, Prompt
 from accord.disk import read_lines, write_whole
 from accord.errors import UserError, first_line
-from accord.evaluation.charts import calibration_chart, line_chart
 from accord.evaluation.summary import headline, table_rows
 from accord.feedback.criterion import judge
 

@@ -11,6 +11,7 @@ has seen before are mixed in; a new labeler starts with the calibration items.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Label:
         """Raises:
         UserError: it does not fit ``count`` completions, or has a value that is none.
         """
+        check_text(self.note, "A note", 10_000, empty=True)
+        check_text(self.reason, "A reason", 1000, empty=True)
         if self.reason:
             if self.ranks:
                 raise UserError("A skipped item has no ranks; give a reason or ranks.")
@@ -123,7 +126,7 @@ class Store:
 
     # What people are told.
 
-    def set_criterion(self, text: str) -> str:
+    def set_criterion(self, text: str, by: Person | None = None) -> str:
         """The text that labelers are shown from now on; its version follows from the text. Labels keep the version they were given by."""
         check_text(text, "A criterion", 10**6)
         version, now = hashlib.sha256(text.encode()).hexdigest()[:12], self.database.clock()
@@ -131,7 +134,7 @@ class Store:
             again = connection.execute(update(criteria).where(criteria.c.version == version).values(created=now))
             if not again.rowcount:
                 connection.execute(insert(criteria).values(version=version, text=text, created=now))
-            self.database.note(connection, "criterion set", None, after={"version": version})
+            self.database.note(connection, "criterion set", by.id if by is not None else None, after={"version": version})
         return version
 
     def criterion(self) -> tuple[str, str] | None:
@@ -345,7 +348,12 @@ class Store:
         return row
 
     def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> None:
-        """Keep what is not submitted yet, and the lease."""
+        """Keep what is not submitted yet, and the lease.
+
+        Raises:
+            UserError: the item is not theirs, or the draft is larger than any answer.
+        """
+        check_text(json.dumps(draft, ensure_ascii=False).replace("\\u0000", "\0"), "A draft", 100_000)
         with self.database.write() as connection:
             self._hold(connection, self._own(connection, person, key), draft=dict(draft))
 
@@ -451,11 +459,76 @@ class Store:
         """The real items' prompts and completions, as they were imported."""
         with self.database.read() as connection:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
-        out = {}
-        for row in rows:
-            prompt = Prompt(row.prompt_id, row.content, row.theme)
-            out[row.prompt_id] = [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
-        return out
+        return {row.prompt_id: _completions(row) for row in rows}
+
+    def of_prompt(self, prompt_id: str) -> tuple[list[Completion], list[tuple[Ranking, str, bool]]]:
+        """A real prompt's completions, and what people say of them: ranking, note, whether it is a reviewer's decision.
+
+        Raises:
+            UserError: there is no such prompt.
+        """
+        query = select(assignments, people.c.name).join(people, people.c.id == assignments.c.person)
+        with self.database.read() as connection:
+            row = connection.execute(select(items).where(items.c.prompt_id == prompt_id, items.c.kind == "real")).one_or_none()
+            if row is None:
+                raise UserError(f"There is no prompt '{prompt_id}' that people are to rank.")
+            query = query.where(assignments.c.item == row.id, assignments.c.state == "done", assignments.c.round != AGAIN)
+            given = connection.execute(query.order_by(assignments.c.id)).all()
+        said = [
+            (Ranking(prompt_id, a.name, tuple(a.label["ranks"]), a.criterion or ""), str(a.label["note"]), a.round == RULING) for a in given
+        ]
+        return _completions(row), said
+
+    def known(self) -> list[tuple[str, tuple[int | None, ...]]]:
+        """Gold items' prompts, with the ranks that are known to be right."""
+        with self.database.read() as connection:
+            rows = connection.execute(select(items.c.prompt_id, items.c.gold).where(items.c.kind == "gold").order_by(items.c.id)).all()
+        return [(row.prompt_id, tuple(row.gold)) for row in rows]
+
+    def effort(self) -> list[dict[str, Any]]:
+        """Every answer: who, when, how many seconds, done or skipped, of which kind of item."""
+        query = select(people.c.name, assignments.c.closed, assignments.c.seconds, assignments.c.state, items.c.kind)
+        query = query.join(people, people.c.id == assignments.c.person).join(items, items.c.id == assignments.c.item)
+        with self.database.read() as connection:
+            return [
+                dict(row._mapping)
+                for row in connection.execute(query.where(assignments.c.closed.is_not(None)).order_by(assignments.c.closed))
+            ]
+
+    def newest_event(self) -> int:
+        """The number of the last event; it grows with everything that happens."""
+        with self.database.read() as connection:
+            return int(connection.execute(select(func.max(events.c.id))).scalar_one() or 0)
+
+    def ranked(self, chunk: int = 500) -> Iterator[tuple[dict[str, list[Completion]], list[Ranking]]]:
+        """What :meth:`settled` and :meth:`completions` say, some prompts at a time and only those that are ranked."""
+        last = 0
+        while True:
+            with self.database.read() as connection:
+                some = connection.execute(
+                    select(items).where(items.c.kind == "real", items.c.id > last).order_by(items.c.id).limit(chunk)
+                ).all()
+                query = select(assignments.c.item, assignments.c.round, assignments.c.label, assignments.c.criterion, people.c.name)
+                query = query.join(people, people.c.id == assignments.c.person).where(
+                    assignments.c.state == "done", assignments.c.item.in_([row.id for row in some]), assignments.c.round != AGAIN
+                )
+                labels = connection.execute(query.order_by(assignments.c.id)).all()
+            mine: dict[int, list[Any]] = {}
+            for label in labels:
+                mine.setdefault(label.item, []).append(label)
+            completions, rankings = {}, []
+            for row in (row for row in some if row.id in mine):
+                completions[row.prompt_id] = _completions(row)
+                rulings = [label for label in mine[row.id] if label.round == RULING]
+                rankings += [
+                    Ranking(row.prompt_id, label.name, tuple(label.label["ranks"]), label.criterion or "")
+                    for label in rulings[-1:] or mine[row.id]
+                ]
+            if completions:
+                yield completions, rankings
+            if len(some) < chunk:
+                return
+            last = some[-1].id
 
     def progress(self) -> dict[str, int]:
         """Real items, those that have all their rankings, rankings, skips."""
@@ -489,6 +562,12 @@ class Store:
             {"id": r.id, "at": r.at, "who": r.name, "what": r.kind, "assignment": r.assignment, "before": r.before, "after": r.after}
             for r in rows
         ]
+
+
+def _completions(row: Any) -> list[Completion]:
+    """An item's, as they were imported."""
+    prompt = Prompt(row.prompt_id, row.content, row.theme)
+    return [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
 
 
 def _share(name: str) -> float:

@@ -9,8 +9,10 @@ import platform
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's malloc.h
 PRIMITIVES = 128
-"""Products that oneDNN keeps compiled. Each shape is one of them, some 0.4 MB, and with no padding nearly every micro-batch has
-shapes of its own: its default of 1,024 would fill with half a gigabyte of which little is used again (bench/LOG.md)."""
+"""Products that oneDNN keeps compiled, and PyTorch descriptions of. Each shape is one of them, some 0.4 and 0.26 MB, and with no
+padding nearly every micro-batch has shapes of its own: their default of 1,024 would fill with half a gigabyte of which little is
+used again, and until then memory grows (bench/LOG.md)."""
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 @functools.cache
@@ -21,9 +23,10 @@ def keep_freed_memory() -> None:
     took an eighth of an update of every layer (bench/LOG.md, also for peak memory). Does nothing without glibc, and where the
     environment says what the user wants of it (``MALLOC_*_``, ``GLIBC_TUNABLES``).
 
-    Also bounds what oneDNN keeps (:data:`PRIMITIVES`), unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` is set.
+    Also bounds what is kept of products (:data:`PRIMITIVES`), unless :data:`CACHES` are set. They are read at the first product.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
+    for name in CACHES:
+        os.environ.setdefault(name, str(PRIMITIVES))
     told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     if told or not keeps():
         return

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from accord.errors import UserError
 from accord.feedback.store import Store
-from accord.feedback.web import doors, labeling
+from accord.feedback.web import doors, labeling, owners
 from accord.feedback.web.security import Guard, Limiter
 from accord.feedback.web.site import LoggedOut, Site, WebSettings
 
@@ -25,8 +25,8 @@ def make_app(store: Store, settings: WebSettings | None = None) -> FastAPI:
     """The application, for any ASGI server. The store stays the caller's, who closes it."""
     settings = settings or WebSettings()
     app = FastAPI(title="accord label", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.site = Site(store, settings)
-    for part in (doors, labeling):
+    app.state.site, app.state.watched = Site(store, settings), owners.Watched(store)
+    for part in (doors, labeling, owners):
         app.include_router(part.routes)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_exception_handler(LoggedOut, lambda request, error: RedirectResponse("/login", 303))

@@ -1,0 +1,156 @@
+"""The pages of owners and reviewers: how it goes, who does what, what goes in and out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, HTTPException, Request, UploadFile
+from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+
+from accord.data.charts import line_chart
+from accord.data.pairs import group_pairs
+from accord.data.sources import read_completions
+from accord.feedback.export import group_rows, pair_rows, unpaired_rows
+from accord.feedback.overview import SAYS, Overview, overview
+from accord.feedback.people import ROLES
+from accord.feedback.store import RULING, Store
+from accord.feedback.summary import MEANING
+from accord.feedback.web.render import markdown, turns
+from accord.feedback.web.site import Owner, Reviewer, Site
+
+routes = APIRouter()
+SHOWN = 20  # disputed prompts
+FORMATS = ("rankings", "completions", "pairs", "groups", "unpaired", "events")
+UPLOADED = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class Watched:
+    """The overview, computed again when something has happened, but never for most of the time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._lock = store, threading.Lock()
+        self._last: Overview | None = None
+        self._event, self._until = -1, 0.0
+
+    def now(self) -> Overview:
+        with self._lock:
+            event = self._store.newest_event()
+            if self._last is None or (event != self._event and time.monotonic() > self._until):
+                begun = time.monotonic()
+                self._last, self._event = overview(self._store), event
+                self._until = time.monotonic() + 10 * (time.monotonic() - begun)
+            return self._last
+
+
+@routes.get("/overview", response_class=HTMLResponse)
+def overview_page(request: Request, session: Reviewer) -> Response:
+    return _overview(request, session)
+
+
+def _overview(request: Request, session: Any, status: int = 200, **told: Any) -> Response:
+    site = Site.of(request)
+    watched: Watched = request.app.state.watched
+    seen = watched.now()
+    numbers = [(meaning, getattr(seen.agreement, name)) for name, meaning in MEANING.items()] if seen.agreement else []
+    decided = {r.prompt_id for r in site.store.rankings(number=RULING)}
+    disputed = [(p, share, p in decided) for p, share in (seen.agreement.disputed if seen.agreement else []) if share < 1][:SHOWN]
+    days = line_chart("Rankings a day", {"rankings": [(float(k), float(n)) for k, (_, n) in enumerate(seen.days)]}, f"{seen.days[0][0]} to {seen.days[-1][0]}", "day") if len(seen.days) > 1 else ""  # fmt: skip
+    version, text = site.store.criterion() or ("", "")
+    values = {"link": "", "error": "", "done": ""} | told
+    return site.page(
+        request, "overview", session, status, seen=seen, numbers=numbers, disputed=disputed, days=days, says=SAYS, formats=FORMATS, people=site.store.people.everyone(),
+        version=version, criterion=text, roles=ROLES, clock=lambda at: time.strftime("%Y-%m-%d %H:%M", time.localtime(at)), overlap=site.store.settings.overlap, **values,
+    )  # fmt: skip
+
+
+@routes.get("/overview/disputed", response_class=HTMLResponse)
+def disputed(request: Request, session: Reviewer, prompt: str) -> Response:
+    """How everybody ranked one prompt."""
+    site = Site.of(request)
+    completions, rankings = site.store.of_prompt(prompt)
+    ranked = [(r.labeler, ["F" if rank is None else rank for rank in r.ranks], note, ruling) for r, note, ruling in rankings]
+    return site.page(
+        request, "disputed", session, prompt_id=prompt, turns=turns(completions[0].prompt.content),
+        answers=[markdown(c.text) for c in completions], ranked=ranked,
+    )  # fmt: skip
+
+
+@routes.post("/overview/decide")
+def decide(request: Request, session: Reviewer, prompt: Annotated[str, Form(max_length=500)]) -> Response:
+    """A reviewer's ranking of a prompt, which stands in the place of all others in what is trained on."""
+    given = Site.of(request).store.rule(session.person, prompt)
+    return RedirectResponse(f"/label?item={given.id}", 303)
+
+
+@routes.get("/export/{name}.jsonl")
+def export(request: Request, session: Reviewer, name: str) -> Response:
+    """Everything, as it is read from the store."""
+    if name not in FORMATS:
+        raise HTTPException(404, f"There is no export '{name}'; there are {', '.join(FORMATS)}.")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(Site.of(request).store, name))
+    return StreamingResponse(
+        lines, media_type="application/x-ndjson", headers={"Content-Disposition": f'attachment; filename="{name}.jsonl"'}
+    )
+
+
+def _rows(store: Store, name: str) -> Iterator[dict[str, Any]]:
+    if name == "rankings":
+        yield from (r.to_json() for r in store.rankings())
+    elif name == "events":
+        last = 0
+        while rows := store.log(last):
+            yield from rows
+            last = rows[-1]["id"]
+    elif name == "completions":
+        yield from (c.to_json() for group in store.completions().values() for c in group)
+    else:
+        for completions, rankings in store.ranked():
+            rows_of: Iterable[dict[str, Any]]
+            if name == "unpaired":
+                rows_of = unpaired_rows(completions, rankings)
+            else:
+                groups = group_pairs(completions, rankings, 1.0)
+                rows_of = pair_rows(groups) if name == "pairs" else group_rows(groups, rankings)
+            yield from rows_of
+
+
+@routes.post("/people/invite", response_class=HTMLResponse)
+def invite(request: Request, session: Owner, role: Annotated[str, Form(max_length=20)]) -> Response:
+    """A link for one person."""
+    site = Site.of(request)
+    token = site.store.people.invite(role, session.person)
+    return _overview(request, session, link=f"{request.url.scheme}://{request.headers['host']}/invite/{token}")
+
+
+@routes.post("/people/{number}/active")
+def set_active(request: Request, session: Owner, number: int, active: Annotated[bool, Form()]) -> Response:
+    """Shut somebody out, or let them in again."""
+    Site.of(request).store.people.set_active(number, active, session.person)
+    return RedirectResponse("/overview#people", 303)
+
+
+@routes.post("/criterion")
+def set_criterion(request: Request, session: Owner, text: Annotated[str, Form(max_length=200_000)]) -> Response:
+    """A new version of the instructions; labels keep the one by which they were given."""
+    Site.of(request).store.set_criterion(text.replace("\r\n", "\n"), session.person)
+    return RedirectResponse("/overview#criterion", 303)
+
+
+@routes.post("/import", response_class=HTMLResponse)
+def bring_in(request: Request, session: Owner, file: UploadFile) -> Response:
+    """Completions from a file of the browser's. Of its name only the ending counts."""
+    suffix = Path(file.filename or "").suffix.lower()
+    if suffix not in UPLOADED:
+        raise HTTPException(400, f"A file to import ends in {', '.join(UPLOADED)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"uploaded{suffix}"
+        path.write_bytes(file.file.read())
+        given = read_completions(path, with_tokens=False)
+    new = Site.of(request).store.add_items(given)
+    return _overview(request, session, done=f"{len(given)} prompts to rank, {new} of them new.")
