@@ -84,13 +84,13 @@ def read_ranked(arguments: argparse.Namespace) -> tuple[dict[str, list[Completio
 
 
 @contextmanager
-def opened(url: str, queue: QueueSettings | None = None, make: bool = False) -> Iterator[Store]:
+def opened(url: str, make: bool = False) -> Iterator[Store]:
     """A label store, closed in the end. ``make``: it need not be there yet."""
     with needs("label"):
         from accord.feedback.store import Store
     if not make and "://" not in url and not Path(url).is_file():
         raise UserError(f"There is no label store {url}; accord label --store {url} makes it.")
-    store = Store.open(url, queue)
+    store = Store.open(url)
     try:
         yield store
     finally:
@@ -315,8 +315,8 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     return parser, commands.choices
 
 
-def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, Any]:
-    """Values from --config under those typed on the command line, checked."""
+def settings(arguments: argparse.Namespace, kind: type[BaseModel], base: BaseModel | None = None) -> dict[str, Any]:
+    """Values from --config under those typed on the command line, over those of ``base``, checked."""
     values: dict[str, Any] = {}
     if arguments.config:
         path = Path(arguments.config)
@@ -327,6 +327,8 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel]) -> dict[str, 
         if "command" in values and isinstance(values.get(block), dict):  # the config.yaml of a run
             values = values[block]
     values |= given(arguments, kind)
+    if base is not None:
+        values = base.model_dump() | values
     return build(kind, values, arguments.config or f"accord {arguments.command}").model_dump()
 
 
@@ -432,9 +434,9 @@ def do_label(arguments: argparse.Namespace) -> None:
         from accord.feedback.intake import begin_with, set_criterion
         from accord.feedback.web.serve import address, first_owner, listen, serve, web_settings
 
-    queue = QueueSettings(**settings(arguments, QueueSettings))
     listening = listen(arguments.host, arguments.port)
-    with opened(arguments.store, queue, make=True) as store:
+    with opened(arguments.store, make=True) as store:
+        store.set_queue(QueueSettings(**settings(arguments, QueueSettings, store.settings)))
         web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name))
         set_criterion(store, arguments.criterion)
         for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):

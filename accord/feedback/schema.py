@@ -34,6 +34,12 @@ sessions = Table(
     Column("used", Float, nullable=False),
 )  # fmt: skip
 
+queue = Table(
+    "queue", metadata,
+    Column("name", String(40), primary_key=True),  # of a setting
+    Column("value", Float, nullable=False),
+)  # fmt: skip
+
 criteria = Table(
     "criteria", metadata,
     Column("version", String(80), primary_key=True),

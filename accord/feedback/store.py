@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from sqlalchemy import Connection, and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
 from accord.data.records import Completion, Prompt, Ranking
 from accord.errors import UserError, did_you_mean
 from accord.feedback.database import Database, check_text
 from accord.feedback.people import People, Person
-from accord.feedback.schema import assignments, criteria, events, items, people
+from accord.feedback.schema import assignments, criteria, events, items, people, queue
 from accord.feedback.settings import QueueSettings
 
 Kind = Literal["real", "gold", "calibration"]
@@ -113,13 +113,28 @@ class Store:
     def open(cls, url: str | Path, settings: QueueSettings | None = None, clock: Callable[[], float] = time.time) -> Store:
         """A store at a database URL, or in an SQLite file; made or migrated if need be.
 
+        Args:
+            settings: from now on; none: as they were set last, so that looking at a store changes nothing.
+
         Raises:
             UserError: it cannot be opened.
         """
-        store = cls(Database.open(url, clock), settings or QueueSettings.model_validate({}))
-        with store.database.write() as connection:
-            connection.execute(update(items).values(wanted=items.c.taken < store.settings.overlap))
+        database = Database.open(url, clock)
+        with database.read() as connection:
+            known = {row.name: row.value for row in connection.execute(select(queue)).all()}
+        store = cls(database, QueueSettings.model_validate(known))
+        if settings is not None and (settings != store.settings or not known):
+            store.set_queue(settings)
         return store
+
+    def set_queue(self, settings: QueueSettings) -> None:
+        """Give items out by other settings from now on."""
+        self.settings = settings
+        with self.database.write() as connection:
+            connection.execute(delete(queue))
+            connection.execute(insert(queue), [{"name": name, "value": value} for name, value in settings.model_dump().items()])
+            connection.execute(update(items).values(wanted=items.c.taken < settings.overlap))
+            self.database.note(connection, "queue set", after=settings.model_dump())
 
     def close(self) -> None:
         self.database.close()

@@ -1,4 +1,4 @@
-"""Invitations and sessions."""
+"""Invitations, sessions, and the settings of the queue."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -23,8 +23,10 @@ def upgrade() -> None:
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("used", sa.Float, nullable=False),
     )
+    op.create_table("queue", sa.Column("name", sa.String(40), primary_key=True), sa.Column("value", sa.Float, nullable=False))
 
 
 def downgrade() -> None:
+    op.drop_table("queue")
     op.drop_table("sessions")
     op.drop_table("invitations")

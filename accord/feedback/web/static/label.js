@@ -264,7 +264,7 @@ function draw() {
 // Changes.
 
 function change(how) {
-  past.push(structuredClone(state));
+  past.push({ state: structuredClone(state), at });
   future = [];
   how(state);
   changed();
@@ -313,26 +313,29 @@ function ranked(rank) {
   setRank(at, rank);
   const open = state.ranks.findIndex((value, place) => value === null && place > at);
   const first = open >= 0 ? open : state.ranks.indexOf(null);
-  if (first >= 0) {
-    go(first);
-    $("completions").children[at].focus();
-  }
+  go(first >= 0 ? first : Math.min(at + 1, state.ranks.length - 1)); // all have one: they are being ranked anew
+  $("completions").children[at].focus();
 }
 
 function undo() {
   if (!past.length) return last && open(last);
-  future.push(state);
-  state = past.pop();
-  changed();
+  swap(past, future);
   say("Undone.");
 }
 
 function redo() {
   if (!future.length) return;
-  past.push(state);
-  state = future.pop();
-  changed();
+  swap(future, past);
   say("Done again.");
+}
+
+function swap(from, to) {
+  const then = from.pop();
+  to.push({ state, at: then.at });
+  state = then.state;
+  changed();
+  go(then.at);
+  $("completions").children[at].focus();
 }
 
 // Time on the item: what passes while the page is seen and used.
