@@ -204,6 +204,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     label.add_argument("--accounts", action="store_true", help="people come by invitation and log in")
     label.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others can reach needs --accounts [127.0.0.1]")
     label.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one [8000]")
+    label.add_argument("--requests", type=int, default=3000, metavar="N", help="requests a minute that one address may make [3000]")
     label.add_argument("--https", action="store_true", help="a proxy in front speaks TLS (docs/labeling.md)")
     label.add_argument(
         "--name",
@@ -437,7 +438,7 @@ def do_label(arguments: argparse.Namespace) -> None:
     listening = listen(arguments.host, arguments.port)
     with opened(arguments.store, make=True) as store:
         store.set_queue(QueueSettings(**settings(arguments, QueueSettings, store.settings)))
-        web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name))
+        web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name), arguments.requests)
         set_criterion(store, arguments.criterion)
         for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):
             console.print(line, soft_wrap=True, markup=False)

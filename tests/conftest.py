@@ -2,6 +2,10 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCORD_DISK_WAIT", "0")  # a full disk is an error at once
@@ -26,6 +30,10 @@ from transformers import (
 
 from accord.data.records import Prompt
 from accord.rollout.policy import Policy
+
+BINARIES = max(
+    Path("/usr/lib/postgresql").glob("*/bin"), default=Path("no PostgreSQL"), key=lambda p: int(p.parent.name)
+)  # where Debian has it
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
 VOCAB = 260
@@ -126,3 +134,31 @@ def tiny(tiny_folder):
 def prompts():
     texts = ["hi", "what is up?", "a", "tell me more now", "why", "ok then", "go on", "the end is near"]
     return [Prompt(f"p{i}", t, "even" if i % 2 == 0 else "odd") for i, t in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server of our own on a socket; each test makes a database in it."""
+    if not BINARIES.is_dir():
+        pytest.skip("PostgreSQL is not installed")
+    home = Path(tempfile.mkdtemp(prefix="accord-pg-"))
+    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # the server refuses to run as root
+    if user:
+        shutil.chown(home, "postgres")
+    run = lambda *command: subprocess.run([*user, *map(str, command)], check=True, capture_output=True, cwd=home)
+    run(BINARIES / "initdb", "-D", home / "data", "-A", "trust", "-U", "accord", "--no-sync")
+    options = f"-k {home} -c listen_addresses= -c fsync=off -c max_connections=100"
+    run(BINARIES / "pg_ctl", "-D", home / "data", "-w", "-o", options, "-l", home / "log", "start")
+    yield home
+    run(BINARIES / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return str(tmp_path / "labels.db")
+    home = request.getfixturevalue("postgres")
+    name = f"db{abs(hash(tmp_path)) % 10**12}"
+    subprocess.run([BINARIES / "createdb", "-h", str(home), "-U", "accord", name], check=True)
+    return f"postgresql://accord@/{name}?host={home}"

@@ -1,11 +1,8 @@
 """The label store, on SQLite and on PostgreSQL: nothing that was acknowledged is lost, nothing is there twice."""
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -21,38 +18,6 @@ from accord.data.records import Completion, Prompt
 from accord.errors import UserError
 from accord.feedback.schema import assignments, metadata
 from accord.feedback.store import Label, QueueSettings, Store
-
-BINARIES = max(
-    Path("/usr/lib/postgresql").glob("*/bin"), default=Path("no PostgreSQL"), key=lambda p: int(p.parent.name)
-)  # where Debian has it
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    """A PostgreSQL server of our own on a socket; each test makes a database in it."""
-    if not BINARIES.is_dir():
-        pytest.skip("PostgreSQL is not installed")
-    home = Path(tempfile.mkdtemp(prefix="accord-pg-"))
-    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # the server refuses to run as root
-    if user:
-        shutil.chown(home, "postgres")
-    run = lambda *command: subprocess.run([*user, *map(str, command)], check=True, capture_output=True, cwd=home)
-    run(BINARIES / "initdb", "-D", home / "data", "-A", "trust", "-U", "accord", "--no-sync")
-    options = f"-k {home} -c listen_addresses= -c fsync=off -c max_connections=100"
-    run(BINARIES / "pg_ctl", "-D", home / "data", "-w", "-o", options, "-l", home / "log", "start")
-    yield home
-    run(BINARIES / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
-    shutil.rmtree(home, ignore_errors=True)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return str(tmp_path / "labels.db")
-    home = request.getfixturevalue("postgres")
-    name = f"db{abs(hash(tmp_path)) % 10**12}"
-    subprocess.run([BINARIES / "createdb", "-h", str(home), "-U", "accord", name], check=True)
-    return f"postgresql://accord@/{name}?host={home}"
 
 
 class Clock:

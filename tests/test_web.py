@@ -1,6 +1,7 @@
 """The labeling server over HTTP: who may do what, what is refused, and that nothing a model writes can do anything."""
 
 import json
+import os
 import re
 import threading
 
@@ -19,6 +20,7 @@ from accord.feedback.web.server import make_app
 from accord.feedback.web.site import COOKIE, WebSettings
 
 PASSWORD = "four small words here"
+EXAMPLES = int(os.environ.get("ACCORD_EXAMPLES", "20"))  # requests of each kind that schemathesis makes up
 NOBODY, LABELER, REVIEWER, OWNER = None, "labeler", "reviewer", "owner"
 ORDER = [NOBODY, LABELER, REVIEWER, OWNER]
 # The least that a route asks for. A new route must be put here, or the test below fails.
@@ -57,8 +59,8 @@ class Served:
 def serve(tmp_path):
     running, stores = [], []
 
-    def serve(settings=None, items=5, **queue):
-        store = Store.open(tmp_path / "labels.db", QueueSettings(**{"gold_share": 0.0, "repeat_share": 0.0, "overlap": 9, **queue}))
+    def serve(settings=None, items=5, url=None, **queue):
+        store = Store.open(url or tmp_path / "labels.db", QueueSettings(**{"gold_share": 0.0, "repeat_share": 0.0, "overlap": 9, **queue}))
         stores.append(store)
         store.add_items(completions(items))
         store.set_criterion("Be *good*.")
@@ -88,10 +90,13 @@ def test_every_route_for_every_role(serve):
     assert {(method.upper(), path) for path, known in app.openapi()["paths"].items() for method in known} == set(ROUTES)
     victim = store.people.add("victim", "labeler", PASSWORD)
     theirs = store.next(victim)
-    wrong = []
+    wrong, clients = [], {}
     for (method, path), least in ROUTES.items():
         for role in ORDER:
-            client = served.client(role and f"some {role}")
+            in_or_out = path in ("/login", "/logout", "/invite/{token}")
+            client = served.client(role and f"some {role}") if in_or_out or role not in clients else clients[role]
+            if not in_or_out:
+                clients[role] = client
             who = role and store.people.get(f"some {role}")
             own = store.next(who).id if role else theirs.id
             url = path.format(token=store.people.invite("labeler"), number=own if "items" in path else victim.id, name="rankings")
@@ -478,3 +483,39 @@ def test_a_new_criterion_leaves_labels_what_they_were(serve):
     labeler.post(f"/api/items/{item['id']}/label", json=answer(item))
     assert [r.criterion for r in served.store.rankings()] == [first, served.store.criterion()[0]] and first != served.store.criterion()[0]
     assert served.store.criterion()[1] == "Be better.\n"
+
+
+def test_no_request_that_the_interface_describes_breaks_the_server(serve, url):
+    """schemathesis makes requests from the description, right and wrong ones; none ends in a 5xx."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    served = serve(WebSettings(attempts=10**6, requests=10**6), url=url)
+    client = served.client("some owner")
+    seen = []
+
+    def hold_for(operation):
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
+        def hold(case):
+            headers = {"Origin": served.at, "X-CSRF-Token": client.headers["X-CSRF-Token"]}
+            if operation.path == "/logout":
+                headers.pop("X-CSRF-Token")
+            response = case.call(base_url=served.at, headers=headers, cookies={COOKIE: client.cookies[COOKIE]}, allow_redirects=False)
+            seen.append((operation.path, response.status_code))
+            assert response.status_code < 500, (operation.method, operation.path, case.body, response.text[:500])
+
+        hold()
+
+    for operation in schemathesis.openapi.from_dict(make_app(served.store).openapi()).get_all_operations():
+        hold_for(operation.ok())
+    assert {path for path, _ in seen} == {path for _, path in ROUTES}
+    assert {200, 303, 400, 403, 404, 422} <= {status for _, status in seen}  # it came further than the door
+    assert client.get("/overview").status_code == 200  # and what it left behind can be shown

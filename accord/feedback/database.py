@@ -16,6 +16,7 @@ from accord.data.sources import is_unicode
 from accord.errors import UserError, first_line
 from accord.feedback.schema import events
 
+NOTE = insert(events)
 WRITER = 4_217  # PostgreSQL's advisory lock of whoever writes
 
 
@@ -41,7 +42,7 @@ class Database:
             else:
                 place = URL.create("sqlite", database=str(Path(shown).expanduser().absolute()))
             shown = place.render_as_string(hide_password=True)
-            engine = create_engine(place, pool_pre_ping=True, pool_size=20, max_overflow=20)
+            engine = create_engine(place, pool_pre_ping=place.get_backend_name() != "sqlite", pool_size=20, max_overflow=20)
             if engine.dialect.name == "sqlite":
                 event.listen(engine, "connect", _sqlite_connection)
                 event.listen(engine, "begin", _sqlite_begin)
@@ -81,7 +82,7 @@ class Database:
     ) -> None:
         """Append to the event log: who did what to which assignment, and what stood before and after."""
         row = {"at": self.clock(), "person": person, "kind": kind, "assignment": assignment, "key": key, "before": before, "after": after}
-        connection.execute(insert(events).values(**row))
+        connection.execute(NOTE, row)
 
 
 def check_text(text: str, what: str, most: int, empty: bool = False) -> None:

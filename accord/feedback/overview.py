@@ -11,7 +11,8 @@ from typing import Any
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.feedback.agreement import Agreement, LabelerReport, agreement, comparisons
-from accord.feedback.store import AGAIN, FIRST, Store
+from accord.feedback.statements import AGAIN, FIRST
+from accord.feedback.store import Store
 
 KNOWN = "(known)"  # the name of known ranks among labelers
 SAYS = ("better", "equal", "worse")

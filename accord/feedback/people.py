@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accord.data.sources import is_unicode
@@ -27,6 +27,12 @@ INVITED = 7 * DAYS
 """Seconds for which an invitation can be taken."""
 IDLE, TOUCH = 14 * DAYS, 600.0
 """Seconds after which an unused session has ended; how exactly its last use is noted."""
+
+SESSION = (
+    select(sessions, people.c.name, people.c.role)
+    .join(people, people.c.id == sessions.c.person)
+    .where(sessions.c.token == bindparam("digest"), sessions.c.used > bindparam("since"), people.c.active)
+)  # asked with every request, and built once
 
 
 @dataclass(frozen=True)
@@ -184,11 +190,8 @@ class People:
         if not is_unicode(token):
             return None
         now = self._db.clock()
-        query = select(sessions, people.c.name, people.c.role).join(people, people.c.id == sessions.c.person)
         with self._db.read() as connection:
-            row = connection.execute(
-                query.where(sessions.c.token == _digest(token), sessions.c.used > now - IDLE, people.c.active)
-            ).one_or_none()
+            row = connection.execute(SESSION, {"digest": _digest(token), "since": now - IDLE}).one_or_none()
         if row is None:
             return None
         if now - row.used > TOUCH:

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from accord.data.records import Completion, Prompt, Ranking
 from accord.errors import UserError, did_you_mean
+from accord.feedback import statements
 from accord.feedback.database import Database, check_text
 from accord.feedback.people import People, Person
 from accord.feedback.schema import assignments, criteria, events, items, people, queue
 from accord.feedback.settings import QueueSettings
+from accord.feedback.statements import AGAIN, FIRST, RULING
 
 Kind = Literal["real", "gold", "calibration"]
 FLAGS = ("toxic", "false", "refuses needlessly", "leaks", "other")
 MOST = 9  # completions of a prompt: a digit each
-FIRST, AGAIN, RULING = range(3)
-"""Rounds of an assignment: the labeler's ranking, the same item shown to the same person again, a reviewer's decision."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Store:
             return self._in_force(connection)
 
     def _in_force(self, connection: Connection) -> tuple[str, str] | None:
-        row = connection.execute(select(criteria).order_by(criteria.c.created.desc(), criteria.c.version).limit(1)).first()
+        row = connection.execute(statements.CRITERION).first()
         return (row.version, row.text) if row is not None else None
 
     def _version(self, connection: Connection) -> str | None:
@@ -232,9 +232,7 @@ class Store:
         now = self.database.clock()
         with self.database.write() as connection:
             self._end_leases(connection, now)
-            own = select(assignments).join(items, items.c.id == assignments.c.item).where(assignments.c.person == person.id)
-            own = own.where(or_(assignments.c.state == "open", and_(assignments.c.state == "late", items.c.wanted)))
-            row = connection.execute(own.order_by(assignments.c.id).limit(1)).one_or_none()
+            row = connection.execute(statements.OPEN, {"of_person": person.id}).one_or_none()
             if row is None:
                 found = self._choose(connection, person)
                 if found is None:
@@ -249,7 +247,7 @@ class Store:
                     "opened": now,
                     "criterion": self._version(connection),
                 }
-                key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
+                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
                 self._take(connection, item, number, +1)
                 self.database.note(connection, "opened", person.id, key)
             else:
@@ -259,11 +257,8 @@ class Store:
 
     def _end_leases(self, connection: Connection, now: float) -> None:
         """Open items whose lease has ended are wanted by others again."""
-        late = select(assignments.c.id, assignments.c.item, assignments.c.round).where(
-            assignments.c.state == "open", assignments.c.lease <= now
-        )
-        for row in connection.execute(late).all():
-            connection.execute(update(assignments).where(assignments.c.id == row.id).values(state="late"))
+        for row in connection.execute(statements.LATE, {"now": now}).all():
+            connection.execute(statements.CHANGE, {"of_key": row.id, "state": "late"})
             self._take(connection, row.item, row.round, -1)
 
     def _hold(self, connection: Connection, row: Any, **values: Any) -> None:
@@ -272,21 +267,19 @@ class Store:
             self._take(connection, row.item, row.round, +1)
         state = "open" if row.state == "late" else row.state
         lease = self.database.clock() + self.settings.lease
-        connection.execute(update(assignments).where(assignments.c.id == row.id).values(state=state, lease=lease, **values))
+        connection.execute(statements.CHANGE, {"of_key": row.id, "state": state, "lease": lease, **values})
 
     def _take(self, connection: Connection, item: int, number: int, by: int) -> None:
         """Count one more, or one fewer, of an item's rankings; what is shown again to the same person is not among them."""
         if number == FIRST and by:
-            taken = items.c.taken + by
-            connection.execute(update(items).where(items.c.id == item).values(taken=taken, wanted=taken < self.settings.overlap))
+            connection.execute(statements.TAKE, {"of_item": item, "by": by, "overlap": self.settings.overlap})
 
     def _choose(self, connection: Connection, person: Person) -> tuple[int, int] | None:
         """(item, round) of the next one: calibration first, then now and then gold or a repetition, else what is asked for most."""
         calibration = self._unseen(connection, person, "calibration")
         if calibration is not None:
             return calibration, FIRST
-        mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state != "open")
-        done = int(connection.execute(mine).scalar_one())
+        done = int(connection.execute(statements.ANSWERED, {"of_person": person.id}).scalar_one())
         luck = np.random.default_rng([self.settings.seed, person.id, done]).random()
         if luck < self.settings.gold_share:
             gold = self._unseen(connection, person, "gold")
@@ -302,17 +295,14 @@ class Store:
     def _unseen(self, connection: Connection, person: Person, kind: Kind) -> int | None:
         """An item that this person has not had; of real ones, one that has not been given out often enough: of those with the
         highest priority the first from this person's own place on."""
-        a = assignments.alias()
-        seen = exists().where(a.c.item == items.c.id, a.c.person == person.id, a.c.round == FIRST)
-        some = select(items.c.id, items.c.priority).where(items.c.kind == kind, ~seen)
-        if kind == "real":
-            some = some.where(items.c.wanted)
-        top = connection.execute(some.order_by(items.c.priority.desc()).limit(1)).first()
+        real = kind == "real"
+        told: dict[str, Any] = {"kind": kind, "of_person": person.id}
+        top = connection.execute(statements.HIGHEST[real], told).first()
         if top is None:
             return None
-        start = _share(f"{self.settings.seed}/{person.id}")
-        for side in (items.c.place >= start, items.c.place < start):
-            row = connection.execute(some.where(items.c.priority == top.priority, side).order_by(items.c.place).limit(1)).first()
+        told |= {"level": top.priority, "start": _share(f"{self.settings.seed}/{person.id}")}
+        for side in (statements.FROM, statements.BEFORE):
+            row = connection.execute(side[real], told).first()
             if row is not None:
                 return int(row.id)
         return None
@@ -329,12 +319,12 @@ class Store:
         return rows[-1].item if len(rows) > self.settings.repeat_after else None
 
     def _assignment(self, connection: Connection, key: int) -> Assignment:
-        row = connection.execute(
-            select(assignments, items).join(items, items.c.id == assignments.c.item).where(assignments.c.id == key)
-        ).one()
+        return self._shown(connection.execute(statements.SHOWN, {"of_key": key}).one())
+
+    def _shown(self, row: Any) -> Assignment:
         luck = np.random.default_rng(int(_share(f"{self.settings.seed}/{row.person}/{row.round}/{row.prompt_id}") * 2**53))
         return Assignment(
-            key,
+            row.id,
             Prompt(row.prompt_id, row.content, row.theme),
             tuple(c["text"] for c in row.completions),
             tuple(int(k) for k in luck.permutation(len(row.completions))),
@@ -352,12 +342,10 @@ class Store:
             UserError: it is not theirs, or there is none.
         """
         with self.database.read() as connection:
-            self._own(connection, person, key)
-            return self._assignment(connection, key)
+            return self._shown(self._own(connection, person, key))
 
     def _own(self, connection: Connection, person: Person, key: int) -> Any:
-        mine = select(assignments).where(assignments.c.id == key, assignments.c.person == person.id)
-        row = connection.execute(mine).one_or_none() if 0 < key < 2**31 else None
+        row = connection.execute(statements.OWN, {"of_key": key, "of_person": person.id}).one_or_none() if 0 < key < 2**31 else None
         if row is None:
             raise UserError(f"There is no item {key} that was given to '{person.name}'.")
         return row
@@ -372,10 +360,13 @@ class Store:
         with self.database.write() as connection:
             self._hold(connection, self._own(connection, person, key), draft=dict(draft))
 
-    def submit(self, person: Person, key: int, label: Label, request: str, seconds: float | None = None) -> bool:
+    def submit(
+        self, person: Person, key: int, label: Label | Callable[[Assignment], Label], request: str, seconds: float | None = None
+    ) -> bool:
         """Record an answer, or another one in its place; the event log has both.
 
         Args:
+            label: the answer, or what makes it of the item as its labeler sees it.
             request: the request's own name. With one that was taken before for this item nothing changes.
             seconds: time on the item.
 
@@ -389,10 +380,11 @@ class Store:
         now = self.database.clock()
         with self.database.write() as connection:
             row = self._own(connection, person, key)
-            if connection.execute(select(events.c.id).where(events.c.assignment == key, events.c.key == request)).first():
+            if connection.execute(statements.KNOWN_REQUEST, {"of_key": key, "request": request}).first():
                 return False
-            count = len(connection.execute(select(items.c.completions).where(items.c.id == row.item)).scalar_one())
-            label.check(count)
+            if callable(label):
+                label = label(self._shown(row))
+            label.check(len(row.completions))
             state = "skipped" if label.reason else "done"
             kind = "changed" if row.label else "skipped" if label.reason else "submitted"
             self.database.note(connection, kind, person.id, key, request, row.label, label.to_json())
@@ -402,7 +394,7 @@ class Store:
                 "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
                 "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or self._version(connection),
             }  # fmt: skip
-            connection.execute(update(assignments).where(assignments.c.id == key).values(**values))
+            connection.execute(statements.CHANGE, {"of_key": key, **values})
         return True
 
     def rule(self, person: Person, prompt_id: str) -> Assignment:
@@ -413,9 +405,7 @@ class Store:
         """
         now = self.database.clock()
         with self.database.write() as connection:
-            item = connection.execute(select(items.c.id).where(items.c.prompt_id == prompt_id, items.c.kind == "real")).scalar_one_or_none()
-            if item is None:
-                raise UserError(f"There is no prompt '{prompt_id}' that people are to rank.")
+            item = self._real(connection, prompt_id).id
             own = select(assignments.c.id).where(
                 assignments.c.item == item, assignments.c.person == person.id, assignments.c.round == RULING
             )
@@ -425,7 +415,7 @@ class Store:
                     "item": item, "person": person.id, "round": RULING, "state": "open", "lease": now + self.settings.lease, "opened": now,
                     "criterion": self._version(connection),
                 }  # fmt: skip
-                key = connection.execute(insert(assignments).values(**values)).inserted_primary_key[0]  # type: ignore[index]
+                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
                 self.database.note(connection, "opened to decide", person.id, key)
             return self._assignment(connection, key)
 
@@ -433,12 +423,9 @@ class Store:
 
     def work_of(self, person: Person, since: float) -> dict[str, int]:
         """How many items this person has answered, how many of them since a time, and how many real ones wait for them."""
-        seen = exists().where(assignments.c.item == items.c.id, assignments.c.person == person.id, assignments.c.round == FIRST)
-        mine = select(func.count()).select_from(assignments).where(assignments.c.person == person.id, assignments.c.state == "done")
-        left = select(func.count()).select_from(items).where(items.c.kind == "real", items.c.wanted, ~seen)
         with self.database.read() as connection:
-            count = lambda query: int(connection.execute(query).scalar_one())
-            return {"done": count(mine), "today": count(mine.where(assignments.c.closed >= since)), "left": count(left)}
+            row = connection.execute(statements.WORK, {"of_person": person.id, "since": since}).one()
+        return {"done": row.done, "today": row.today, "left": row.wanted - row.had}
 
     def settled(self) -> Iterator[Ranking]:
         """The rankings to train on: of a prompt that a reviewer has decided the newest decision alone, of others everyone's."""
@@ -484,15 +471,20 @@ class Store:
         """
         query = select(assignments, people.c.name).join(people, people.c.id == assignments.c.person)
         with self.database.read() as connection:
-            row = connection.execute(select(items).where(items.c.prompt_id == prompt_id, items.c.kind == "real")).one_or_none()
-            if row is None:
-                raise UserError(f"There is no prompt '{prompt_id}' that people are to rank.")
+            row = self._real(connection, prompt_id)
             query = query.where(assignments.c.item == row.id, assignments.c.state == "done", assignments.c.round != AGAIN)
             given = connection.execute(query.order_by(assignments.c.id)).all()
         said = [
             (Ranking(prompt_id, a.name, tuple(a.label["ranks"]), a.criterion or ""), str(a.label["note"]), a.round == RULING) for a in given
         ]
         return _completions(row), said
+
+    def _real(self, connection: Connection, prompt_id: str) -> Any:
+        check_text(prompt_id, "A prompt's id", 500)
+        row = connection.execute(select(items).where(items.c.prompt_id == prompt_id, items.c.kind == "real")).one_or_none()
+        if row is None:
+            raise UserError(f"There is no prompt '{prompt_id}' that people are to rank.")
+        return row
 
     def known(self) -> list[tuple[str, tuple[int | None, ...]]]:
         """Gold items' prompts, with the ranks that are known to be right."""

@@ -104,14 +104,17 @@ def draft(request: Request, session: Anyone, number: int, given: Draft) -> dict[
 def label(request: Request, session: Anyone, number: int, answer: Answer) -> dict[str, Any]:
     """Submit an answer or change one; the same request again changes nothing."""
     store = Site.of(request).store
-    given = store.assignment(session.person, number)
-    fresh = store.submit(session.person, number, answer.label(given.order), answer.request, answer.seconds)
+    seen: list[Assignment] = []
+
+    def as_imported(given: Assignment) -> Label:
+        seen.append(given)
+        return answer.label(given.order)
+
+    fresh = store.submit(session.person, number, as_imported, answer.request, answer.seconds)
+    given = seen[0] if seen else store.assignment(session.person, number)
     gold = store.assignment(session.person, number).gold if given.calibration else None
-    return {
-        "new": fresh,
-        "gold": gold and by_place(["F" if r is None else r for r in gold], given.order),
-        "work": work(store, session.person),
-    }
+    told_gold = by_place(["F" if r is None else r for r in gold], given.order) if gold else None
+    return {"new": fresh, "gold": told_gold, "work": work(store, session.person)}
 
 
 @routes.get("/api/history")

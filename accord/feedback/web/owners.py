@@ -19,7 +19,8 @@ from accord.data.sources import read_completions
 from accord.feedback.export import group_rows, pair_rows, unpaired_rows
 from accord.feedback.overview import SAYS, Overview, overview
 from accord.feedback.people import ROLES
-from accord.feedback.store import RULING, Store
+from accord.feedback.statements import RULING
+from accord.feedback.store import Store
 from accord.feedback.summary import MEANING
 from accord.feedback.web.render import markdown, turns
 from accord.feedback.web.site import Owner, Reviewer, Site

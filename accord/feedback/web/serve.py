@@ -53,17 +53,19 @@ def only_person(store: Store) -> Person:
     return store.people.get(name) or store.people.add(name, "owner")
 
 
-def web_settings(store: Store, host: str, accounts: bool, https: bool = False, hosts: tuple[str, ...] = ()) -> WebSettings:
+def web_settings(
+    store: Store, host: str, accounts: bool, https: bool = False, hosts: tuple[str, ...] = (), requests: int = 3000
+) -> WebSettings:
     """Raises:
     UserError: others could reach the pages, and nobody would have to log in.
     """
     if accounts:
-        return WebSettings(https=https, hosts=hosts)
+        return WebSettings(https=https, hosts=hosts, requests=requests)
     if not is_loopback(host):
         raise UserError(f"On {host} others can reach the pages, so people must log in: give --accounts. Without it accord listens on 127.0.0.1 only.")  # fmt: skip
     if _owners(store):
         raise UserError("People of this store log in; give --accounts.")
-    return WebSettings(alone=only_person(store))
+    return WebSettings(alone=only_person(store), requests=requests)
 
 
 def _owners(store: Store) -> bool:
