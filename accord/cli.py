@@ -136,6 +136,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     run.add_argument("recipe", help="a shipped recipe (demo) or a YAML file; start from: accord run demo --show")
     run.add_argument("--out", type=Path, help="run folder [runs/RECIPE]")
     run.add_argument("--seed", type=int, help="luck of every stage [the recipe's]")
+    run.add_argument("--labelers", choices=("simulated", "web"), help="who ranks: simulated labelers, or people on a page [the recipe's]")
     run.add_argument("--show", action="store_true", help="print the recipe with all its settings and stop")
 
     plan = command(
@@ -201,6 +202,15 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     label.add_argument("--gold", metavar="FILE", help="rankings of some of --completions that are known to be right; mixed in unseen")
     label.add_argument("--calibration", metavar="FILE", help="the same; everybody begins with these, and sees the known ranks after each")
     label.add_argument("--criterion", metavar="FILE", help="Markdown that tells labelers how to rank [the store's; at first accord's own]")
+    label.add_argument(
+        "--priority", metavar="FOLDER", action="append", default=[],
+        help="reward model; prompts on which it is undecided come first. Repeat, and where they disagree counts too [by chance]",
+    )  # fmt: skip
+    label.add_argument("--model", default=BUNDLED, help="what the overview's reward models are trained from; " + MODEL_HELP)
+    label.add_argument("--rewards", type=Path, metavar="FOLDER", help="where these are kept [STORE.rewards]")
+    label.add_argument(
+        "--retrain-every", type=int, default=0, metavar="N", help="train one after every N rankings; 0: when the owner asks [0]"
+    )
     label.add_argument("--accounts", action="store_true", help="people come by invitation and log in")
     label.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others can reach needs --accounts [127.0.0.1]")
     label.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one [8000]")
@@ -213,6 +223,24 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         default=[],
         help="a host name that browsers may use; repeat for more [any, with --accounts]",
     )
+
+    backup = command(
+        "backup",
+        do_backup,
+        "A label store in one file, also while people label.",
+        "accord backup --store labels.db --out labels-backup.zip",
+    )
+    backup.add_argument("--store", default="labels.db", help="the label store, a file or a PostgreSQL URL [labels.db]")
+    backup.add_argument("--out", type=Path, required=True, help="file to write; new")
+
+    back = command(
+        "restore",
+        do_restore,
+        "A label store from a backup; also the way from SQLite to PostgreSQL and back.",
+        "accord restore labels-backup.zip --store postgresql://me@host/labels",
+    )
+    back.add_argument("backup", type=Path, help="what accord backup wrote")
+    back.add_argument("--store", required=True, help="a new file, or an empty PostgreSQL database")
 
     agree = command(
         "agreement",
@@ -334,7 +362,7 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel], base: BaseMod
 
 
 def do_demo(arguments: argparse.Namespace) -> None:
-    arguments.recipe, arguments.show = "demo", False
+    arguments.recipe, arguments.show, arguments.labelers = "demo", False, None
     if arguments.out is None and arguments.seed:
         arguments.out = Path("runs") / f"demo-seed-{arguments.seed}"
     do_run(arguments)
@@ -346,6 +374,8 @@ def do_run(arguments: argparse.Namespace) -> None:
     recipe = build(Recipe, load_yaml(recipe_text(arguments.recipe), arguments.recipe), arguments.recipe)
     if arguments.seed is not None:
         recipe = recipe.with_seed(arguments.seed)
+    if arguments.labelers:
+        recipe = recipe.model_copy(update={"feedback": recipe.feedback.model_copy(update={"labelers": arguments.labelers})})
     if arguments.show:
         print(yaml.safe_dump(recipe.model_dump(), sort_keys=False), end="")
         return
@@ -433,6 +463,7 @@ def do_reward(arguments: argparse.Namespace) -> None:
 def do_label(arguments: argparse.Namespace) -> None:
     with needs("label"):
         from accord.feedback.intake import begin_with, set_criterion
+        from accord.feedback.web.retraining import Retraining
         from accord.feedback.web.serve import address, first_owner, listen, serve, web_settings
 
     listening = listen(arguments.host, arguments.port)
@@ -442,11 +473,39 @@ def do_label(arguments: argparse.Namespace) -> None:
         set_criterion(store, arguments.criterion)
         for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):
             console.print(line, soft_wrap=True, markup=False)
+        if arguments.priority:
+            from accord.feedback.priority import uncertainty
+            from accord.reward.model import RewardModel
+
+            store.set_priority(uncertainty(store.completions(), [RewardModel.load(folder) for folder in arguments.priority]))
         at = address(listening)
         if arguments.accounts and (link := first_owner(store, at)):
             console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
         console.print(f"Rank at {at}   (Ctrl-C ends it; labels are in {arguments.store})", soft_wrap=True, markup=False)
-        serve(store, web, listening)
+        folder = arguments.rewards or Path("labels.rewards" if "://" in arguments.store else f"{arguments.store}.rewards")
+        serve(store, web, listening, Retraining(store, folder, arguments.model, every=arguments.retrain_every))
+
+
+def do_backup(arguments: argparse.Namespace) -> None:
+    with opened(arguments.store) as store:
+        from accord.feedback.backup import back_up
+
+        rows = back_up(store, arguments.out)
+    console.print(f"{_rows(rows)} in {arguments.out}. Passwords' hashes are in it; keep it as you keep the store.", soft_wrap=True)
+
+
+def do_restore(arguments: argparse.Namespace) -> None:
+    if not arguments.backup.is_file():
+        raise UserError(f"Backup {arguments.backup} does not exist.")
+    with opened(arguments.store, make=True) as store:
+        from accord.feedback.backup import restore
+
+        rows = restore(arguments.backup, store)
+    console.print(f"{_rows(rows)} in {arguments.store}", soft_wrap=True, markup=False)
+
+
+def _rows(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in rows.items())
 
 
 def do_agreement(arguments: argparse.Namespace) -> None:

@@ -51,7 +51,12 @@ class FeedbackSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labelers: typing.Literal["simulated"] = Field("simulated", description="Who ranks: simulated labelers")
+    labelers: typing.Literal["simulated", "web"] = Field("simulated", description="Who ranks: simulated labelers, or people on a page")
+    overlap: int = Field(1, ge=1, description="People who rank each prompt")
+    enough: float = Field(1.0, gt=0, le=1, description="Share of the prompts that people must have ranked for the run to go on")
+    accounts: bool = Field(False, description="People come by invitation and log in")
+    host: str = Field("127.0.0.1", description="Address of the page; one that others can reach needs accounts")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the page; 0 takes a free one")
     panel: str = Field("hhh", description="Which simulated panel")
     seed: int = Field(0, ge=0, description="The labelers' noise")
 

@@ -51,6 +51,27 @@ def write_whole(path: Path, text: str) -> None:
     patiently(path.parent, write)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a new file beside ``path`` that takes its place, flushed to the disk, once the block ends without an error.
+
+    Raises:
+        UserError: it could not be written; what was there is still there.
+    """
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    except BaseException as error:
+        _forget(aside)
+        if isinstance(error, OSError):
+            raise disk_error(path.parent, error) from None
+        raise
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """:func:`write_whole` of rows as JSON, one a line."""
     write_whole(path, "".join(map(as_line, rows)))

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
+from conftest import BINARIES
 from sqlalchemy import select, text
 
 from accord.data.records import Completion, Prompt
@@ -407,3 +408,135 @@ def test_a_store_that_cannot_be_opened_is_a_sentence(tmp_path):
     assert "S3cret" not in str(told.value)
     Store.open(tmp_path / "a?b=1.db").close()
     assert (tmp_path / "a?b=1.db").exists()
+
+
+def test_a_backup_is_the_same_store_again(make, url, tmp_path):
+    """Also from SQLite to PostgreSQL and back; and what comes after it is numbered anew."""
+    from accord.feedback.backup import TABLES, back_up, restore
+
+    store = make(overlap=2, repeat_share=0.3, repeat_after=2)
+    store.set_criterion("Be good. \u00e9 \U0001f600")
+    store.add_items(completions(7, 4))
+    store.add_items(completions(1, 2, start=90), "gold", {"p90": (1, None)})
+    ann = store.people.add("Ann", "owner", "four small words here")
+    work(store, ann, Label(ranks=(1, 2, None, 2), ratings=(1, None, 7, 2), flags=(("toxic",), (), (), ()), note="n\n\u2028"), limit=5)
+    store.save_draft(ann, store.next(ann).id, {"note": "half"})
+    store.people.log_in(ann), store.people.invite("labeler")
+    rows = back_up(store, tmp_path / "backup.zip")
+    assert rows["items"] == 8 and rows["people"] == 1 and rows["assignments"] == 6
+
+    def everything(some):
+        with some.database.read() as connection:
+            return {t.name: [tuple(row) for row in connection.execute(select(t).order_by(*t.primary_key))] for t in TABLES}
+
+    copy = Store.open(tmp_path / "other.db", clock=Clock())
+    assert restore(tmp_path / "backup.zip", copy) == rows
+    assert everything(copy) == everything(store) and copy.settings == store.settings
+    assert copy.people.check_password("Ann", "four small words here").id == ann.id
+    assert list(copy.rankings()) == list(store.rankings()) and copy.next(ann) == store.next(ann)
+    with pytest.raises(UserError, match="has people in it already"):
+        restore(tmp_path / "backup.zip", copy)
+    copy.close()
+
+
+def test_a_backup_goes_from_one_database_to_the_other(postgres, tmp_path):
+    from accord.feedback.backup import back_up, restore
+
+    first = Store.open(tmp_path / "labels.db", QueueSettings(overlap=3), Clock())
+    first.add_items(completions(4))
+    work(first, first.people.add("Ann", "labeler"))
+    back_up(first, tmp_path / "one.zip")
+    subprocess.run([BINARIES / "createdb", "-h", str(postgres), "-U", "accord", "moved"], check=True)
+    second = Store.open(f"postgresql://accord@/moved?host={postgres}", clock=Clock())
+    restore(tmp_path / "one.zip", second)
+    assert second.progress() == first.progress() and second.settings.overlap == 3
+    bob = second.people.add("Bob", "labeler")  # numbers go on after those that came
+    assert bob.id == 2 and len(work(second, bob)) == 4
+    back_up(second, tmp_path / "two.zip")
+    third = Store.open(tmp_path / "third.db", clock=Clock())
+    restore(tmp_path / "two.zip", third)
+    assert list(third.rankings()) == list(second.rankings()) and len(list(third.rankings())) == 8
+    for store in (first, second, third):
+        store.close()
+
+
+def test_a_damaged_backup_leaves_an_empty_store(tmp_path):
+    import zipfile
+
+    from accord.feedback.backup import back_up, restore
+
+    store = Store.open(tmp_path / "labels.db", clock=Clock())
+    store.add_items(completions(3))
+    back_up(store, tmp_path / "good.zip")
+    with pytest.raises(UserError, match="already exists"):
+        back_up(store, tmp_path / "good.zip")
+    store.close()
+    whole = {n: zipfile.ZipFile(tmp_path / "good.zip").read(n) for n in zipfile.ZipFile(tmp_path / "good.zip").namelist()}
+    changed = [
+        {**whole, "items.jsonl": whole["items.jsonl"].replace(b"say 1", b"say 7")}, {**whole, "items.jsonl": whole["items.jsonl"].splitlines(True)[0]},
+        {n: d for n, d in whole.items() if n != "items.jsonl"}, {n: d for n, d in whole.items() if n != "manifest.json"}, {**whole, "manifest.json": b"[]"},
+        {**whole, "manifest.json": whole["manifest.json"].replace(b'"revision": "0', b'"revision": "9')}, {**whole, "items.jsonl": b"{}\n"},
+    ]  # fmt: skip
+    for number, files in enumerate(changed):
+        with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    (tmp_path / "x.zip").write_bytes((tmp_path / "good.zip").read_bytes()[:-40])
+    for bad in [*(f"{n}.zip" for n in range(len(changed))), "x.zip", "labels.db"]:
+        fresh = Store.open(tmp_path / f"{bad}.fresh.db", clock=Clock())
+        with pytest.raises(UserError, match=bad):
+            restore(tmp_path / bad, fresh)
+        assert fresh.completions() == {} and fresh.people.everyone() == []
+        fresh.close()
+
+
+def test_what_models_write_is_kept_as_it_is(make):
+    store = make()
+    texts = ["a\x00b", "", "\u2028\x85\x7f", "\U0001f600" * 3]
+    store.add_items({"p": [Completion(Prompt("p", "say\x00"), text, True, k) for k, text in enumerate(texts)]})
+    ann = store.people.add("ann", "labeler")
+    assert sorted(store.next(ann).completions) == sorted(texts) and [c.text for c in store.completions()["p"]] == texts
+
+
+def test_uncertain_prompts_come_first(make, tiny):
+    """By hand: one model that is sure, one that is undecided, two that contradict each other."""
+    import math
+
+    import torch
+
+    from accord.feedback.priority import uncertainty
+
+    class Fixed:
+        def __init__(self, scores):
+            self.scores = scores
+
+        def encode(self, completions):
+            return [c.text for c in completions]
+
+        def logits(self, texts):
+            return torch.tensor([self.scores[t] for t in texts])
+
+    given = {k: [Completion(Prompt(k, k), f"{k}{j}", True, j) for j in range(2)] for k in ("sure", "undecided", "contrary")}
+    one = Fixed({"sure0": 3.0, "sure1": 0.0, "undecided0": 0.1, "undecided1": 0.0, "contrary0": 3.0, "contrary1": 0.0})
+    two = Fixed({**one.scores, "contrary0": -3.0})
+    h = lambda p: -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    sigma = lambda d: 1 / (1 + math.exp(-d))
+    found = uncertainty(given, [one, two])
+    assert found == pytest.approx({"sure": h(sigma(3)), "undecided": h(sigma(0.1)), "contrary": 1.0}, abs=1e-5)
+    assert uncertainty(given, [one])["contrary"] == pytest.approx(h(sigma(3)), abs=1e-5)
+    store = make()
+    store.add_items(given)
+    store.set_priority(found)
+    assert work(store, store.people.add("ann", "labeler"), answer(1, 2)) == ["contrary", "undecided", "sure"]
+
+
+def test_a_reward_model_says_what_it_is_unsure_of(tiny):
+    from accord.feedback.priority import uncertainty
+    from accord.reward.model import RewardModel
+
+    given, reward = completions(40, 3), RewardModel.on(tiny, 1)
+    found = uncertainty(given, [reward])
+    for key in ("p0", "p39"):  # in chunks, and one by one
+        raw = reward.logits(reward.encode(given[key])).tolist()
+        p = [1 / (1 + np.exp(-(raw[i] - raw[j]))) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert found[key] == pytest.approx(np.mean([-x * np.log2(x) - (1 - x) * np.log2(1 - x) for x in p]), abs=1e-4)

@@ -42,7 +42,7 @@ class Database:
             else:
                 place = URL.create("sqlite", database=str(Path(shown).expanduser().absolute()))
             shown = place.render_as_string(hide_password=True)
-            engine = create_engine(place, pool_pre_ping=place.get_backend_name() != "sqlite", pool_size=20, max_overflow=20)
+            engine = create_engine(place, pool_size=20, max_overflow=20)
             if engine.dialect.name == "sqlite":
                 event.listen(engine, "connect", _sqlite_connection)
                 event.listen(engine, "begin", _sqlite_begin)
@@ -65,10 +65,13 @@ class Database:
             yield connection
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """One transaction that only reads; it waits for nobody."""
-        with self.engine.connect().execution_options(reads=True) as connection, connection.begin():
-            yield connection
+    def read(self, snapshot: bool = False) -> Iterator[Connection]:
+        """One transaction that only reads; it waits for nobody. ``snapshot``: everything is read as it is at one moment."""
+        with self.engine.connect().execution_options(reads=True) as connection:
+            if connection.dialect.name == "postgresql":  # SQLite's are always; without one no begin and end have to be sent
+                connection = connection.execution_options(isolation_level="REPEATABLE READ" if snapshot else "AUTOCOMMIT")
+            with connection.begin():
+                yield connection
 
     def note(
         self,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
 from accord.data.records import Completion, Prompt, Ranking
 from accord.errors import UserError, did_you_mean
@@ -119,16 +119,24 @@ class Store:
         Raises:
             UserError: it cannot be opened.
         """
-        database = Database.open(url, clock)
-        with database.read() as connection:
-            known = {row.name: row.value for row in connection.execute(select(queue)).all()}
-        store = cls(database, QueueSettings.model_validate(known))
-        if settings is not None and (settings != store.settings or not known):
+        store = cls(Database.open(url, clock), settings or QueueSettings.model_validate({}))
+        if settings is not None:
             store.set_queue(settings)
+        else:
+            store.reload()
         return store
+
+    def reload(self) -> None:
+        """Take the settings as they are in the store."""
+        with self.database.read() as connection:
+            known = {row.name: row.value for row in connection.execute(select(queue)).all()}
+        self.settings = QueueSettings.model_validate(known)
 
     def set_queue(self, settings: QueueSettings) -> None:
         """Give items out by other settings from now on."""
+        self.reload()
+        if settings == self.settings:
+            return
         self.settings = settings
         with self.database.write() as connection:
             connection.execute(delete(queue))
@@ -190,7 +198,9 @@ class Store:
                 check_text(key, "A prompt's id", 500)
                 check_text(group[0].prompt.theme, f"Prompt '{key}': its theme", 200, empty=True)
                 for completion in group:
-                    check_text(completion.text, f"Prompt '{key}': a completion", 10**6, empty=True)
+                    check_text(
+                        completion.text.replace("\0", ""), f"Prompt '{key}': a completion", 10**6, empty=True
+                    )  # in JSON it has a NUL too
                 if not 2 <= len(group) <= MOST:
                     raise UserError(f"Prompt '{key}' has {len(group)} completions; people compare 2 to {MOST} of them.")
                 texts = [{"text": c.text, "finished": c.finished} for c in group]
@@ -216,6 +226,16 @@ class Store:
                 connection.execute(insert(items), fresh)
             self.database.note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
         return len(fresh)
+
+    def set_priority(self, priority: Mapping[str, float]) -> None:
+        """Ask first for the items, by prompt id, of the highest priority; others stay where they are."""
+        with self.database.write() as connection:
+            rows = [{"of_prompt": key, "level": float(value)} for key, value in priority.items()]
+            if rows:
+                connection.execute(
+                    update(items).where(items.c.prompt_id == bindparam("of_prompt")).values(priority=bindparam("level")), rows
+                )
+            self.database.note(connection, "priority set", after={"prompts": len(rows)})
 
     def _there(self, connection: Connection, keys: list[str], chunk: int = 500) -> dict[str, Any]:
         """Items that are in the store already, by prompt id."""

@@ -23,6 +23,7 @@ from accord.feedback.statements import RULING
 from accord.feedback.store import Store
 from accord.feedback.summary import MEANING
 from accord.feedback.web.render import markdown, turns
+from accord.feedback.web.retraining import Retraining
 from accord.feedback.web.site import Owner, Reviewer, Site
 
 routes = APIRouter()
@@ -62,12 +63,24 @@ def _overview(request: Request, session: Any, status: int = 200, **told: Any) ->
     decided = {r.prompt_id for r in site.store.rankings(number=RULING)}
     disputed = [(p, share, p in decided) for p, share in (seen.agreement.disputed if seen.agreement else []) if share < 1][:SHOWN]
     days = line_chart("Rankings a day", {"rankings": [(float(k), float(n)) for k, (_, n) in enumerate(seen.days)]}, f"{seen.days[0][0]} to {seen.days[-1][0]}", "day") if len(seen.days) > 1 else ""  # fmt: skip
+    retraining: Retraining | None = request.app.state.retraining
+    trained = retraining.history() if retraining else []
     version, text = site.store.criterion() or ("", "")
     values = {"link": "", "error": "", "done": ""} | told
     return site.page(
-        request, "overview", session, status, seen=seen, numbers=numbers, disputed=disputed, days=days, says=SAYS, formats=FORMATS, people=site.store.people.everyone(),
+        request, "overview", session, status, seen=seen, numbers=numbers, disputed=disputed, days=days, says=SAYS, trains=retraining is not None,
+        training=retraining is not None and retraining.running, trained=trained, accuracy=_accuracy(trained), formats=FORMATS, people=site.store.people.everyone(),
         version=version, criterion=text, roles=ROLES, clock=lambda at: time.strftime("%Y-%m-%d %H:%M", time.localtime(at)), overlap=site.store.settings.overlap, **values,
     )  # fmt: skip
+
+
+def _accuracy(trained: list[dict[str, Any]]) -> str:
+    """How right the reward models are, as labels arrive, beside how far labelers agree."""
+    points = lambda name: [(float(row["rankings"]), row[name]["value"]) for row in trained if row.get(name)]
+    if len(points("accuracy")) < 2:
+        return ""
+    note = "Held-out pairs ordered rightly; and how often two labelers agree on two completions, which is about what can be reached."
+    return line_chart("Reward model", {"reward model": points("accuracy"), "people": points("ceiling")}, note, "rankings")
 
 
 @routes.get("/overview/disputed", response_class=HTMLResponse)
@@ -119,6 +132,15 @@ def _rows(store: Store, name: str) -> Iterator[dict[str, Any]]:
                 groups = group_pairs(completions, rankings, 1.0)
                 rows_of = pair_rows(groups) if name == "pairs" else group_rows(groups, rankings)
             yield from rows_of
+
+
+@routes.post("/retrain")
+def retrain(request: Request, session: Owner) -> Response:
+    """A reward model from the labels so far."""
+    if request.app.state.retraining is None:
+        raise HTTPException(404, "This server trains nothing.")
+    request.app.state.retraining.start()
+    return RedirectResponse("/overview#reward", 303)
 
 
 @routes.post("/people/invite", response_class=HTMLResponse)

@@ -15,6 +15,7 @@ import uvicorn
 from accord.errors import UserError
 from accord.feedback.people import Person
 from accord.feedback.store import Store
+from accord.feedback.web.retraining import Retraining
 from accord.feedback.web.server import LOOPBACK, make_app
 from accord.feedback.web.site import WebSettings
 
@@ -80,25 +81,31 @@ def first_owner(store: Store, at: str) -> str | None:
     return f"{at}/invite/{store.people.invite('owner')}"
 
 
-def _server(store: Store, settings: WebSettings) -> uvicorn.Server:
+def _server(store: Store, settings: WebSettings, retraining: Retraining | None = None) -> uvicorn.Server:
     config = uvicorn.Config(
-        make_app(store, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=settings.https,
+        make_app(store, settings, retraining), log_level="warning", access_log=False, server_header=False, proxy_headers=settings.https,
         forwarded_allow_ips="127.0.0.1", timeout_graceful_shutdown=5, lifespan="off",
     )  # fmt: skip
     return uvicorn.Server(config)
 
 
-def serve(store: Store, settings: WebSettings, listening: socket.socket) -> None:
+def serve(store: Store, settings: WebSettings, listening: socket.socket, retraining: Retraining | None = None) -> None:
     """Until SIGINT or SIGTERM; requests that have begun are answered."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn takes both, and raises them again when it is done
-    _server(store, settings).run(sockets=[listening])
+    try:
+        _server(store, settings, retraining).run(sockets=[listening])
+    finally:
+        if retraining is not None:
+            retraining.stop()
 
 
 @contextmanager
-def serving(store: Store, settings: WebSettings, listening: socket.socket) -> Iterator[Callable[[], None]]:
+def serving(
+    store: Store, settings: WebSettings, listening: socket.socket, retraining: Retraining | None = None
+) -> Iterator[Callable[[], None]]:
     """In a thread, while something else goes on. What is given raises if the server has ended."""
-    server = _server(store, settings)
+    server = _server(store, settings, retraining)
     server.capture_signals = _nothing  # type: ignore[method-assign]  # they are the main thread's
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from accord.errors import UserError
 from accord.feedback.store import Store
 from accord.feedback.web import doors, labeling, owners
+from accord.feedback.web.retraining import Retraining
 from accord.feedback.web.security import Guard, Limiter
 from accord.feedback.web.site import LoggedOut, Site, WebSettings
 
@@ -21,11 +22,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 UPLOADS = ("/import",)
 
 
-def make_app(store: Store, settings: WebSettings | None = None) -> FastAPI:
-    """The application, for any ASGI server. The store stays the caller's, who closes it."""
+def make_app(store: Store, settings: WebSettings | None = None, retraining: Retraining | None = None) -> FastAPI:
+    """The application, for any ASGI server. The store stays the caller's, who closes it; without ``retraining`` nothing is trained."""
     settings = settings or WebSettings()
     app = FastAPI(title="accord label", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.site, app.state.watched = Site(store, settings), owners.Watched(store)
+    app.state.retraining = retraining
     for part in (doors, labeling, owners):
         app.include_router(part.routes)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
