@@ -12,6 +12,7 @@ _HOME = {
     "load": "api",
     "sample": "api",
     "by_prompt": "api",
+    "label": "api",
     "train_reward": "api",
     "train_rl": "api",
     "evaluate": "api",

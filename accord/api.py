@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accord.checkpoints import until_done
-from accord.config import RLSettings, SampleSettings, build
+from accord.config import FeedbackSettings, RLSettings, SampleSettings, build
 from accord.data.pairs import group_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
 from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
@@ -102,6 +102,27 @@ def by_prompt(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
     for completion in completions:
         groups.setdefault(completion.prompt.id, []).append(completion)
     return groups
+
+
+def label(completions: Mapping[str, Sequence[Completion]], store: str | Path = "labels.db", **settings: Any) -> RankedCompletions:
+    """People rank completions on a page; returns when enough of them are ranked.
+
+    Args:
+        completions: by prompt id (:func:`by_prompt`).
+        store: where labels are kept; what is there already counts.
+        settings: of :class:`accord.config.FeedbackSettings`: ``overlap``, ``enough``, ``accounts``, ``host``, ``port``.
+
+    Raises:
+        UserError: the page cannot be served, or ``accord[label]`` is not installed.
+    """
+    wanted = build(FeedbackSettings, {**settings, "labelers": "web"}, "label")
+    try:
+        from accord.feedback.web.collect import collect
+    except ModuleNotFoundError as error:
+        raise UserError(f"'{error.name}' is not installed; run: pip install 'accord[label]'") from None
+    rankings = collect(Path(store), completions, wanted)
+    ranked = {r.prompt_id for r in rankings}
+    return RankedCompletions({key: list(group) for key, group in completions.items() if key in ranked}, rankings)
 
 
 def train_reward(

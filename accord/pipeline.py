@@ -11,11 +11,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from accord.api import announce, prepare_rl, run_rl, sample_to, save_reward
+from accord.api import announce, label, prepare_rl, run_rl, sample_to, save_reward
 from accord.api import evaluate as compare_policies
 from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs
-from accord.data.records import SPLITS, Completion, Prompt, RankedCompletions, split_of
+from accord.data.records import SPLITS, Prompt, split_of
 from accord.data.sources import read_completions, read_prompts, read_rankings
 from accord.disk import write_lines, write_whole
 from accord.errors import GateMissed, UserError
@@ -142,9 +142,10 @@ class Pipeline:
     def feedback(self) -> Done:
         settings = self.recipe.feedback
         completions = read_completions(self.run.folder / "sampled.jsonl")
-        ranked = (
-            self.labeled(completions) if settings.labelers == "web" else simulated_panel(settings.panel, settings.seed).rank(completions)
-        )
+        if settings.labelers == "web":
+            ranked = label(completions, self.run.folder / "labels.db", **settings.model_dump(exclude={"labelers"}))
+        else:
+            ranked = simulated_panel(settings.panel, settings.seed).rank(completions)
         write_lines(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
         groups = grouped_pairs(ranked, self.recipe.reward.fail_weight)
         pairs = sum(len(g.pairs) for g in groups)
@@ -159,16 +160,6 @@ class Pipeline:
         }
         least = self.recipe.gates.min_pairs
         return Done(Gate(f"at least {least} pairs", str(pairs), pairs >= least, "Sample more prompts or completions."), facts)
-
-    def labeled(self, completions: dict[str, list[Completion]]) -> RankedCompletions:
-        """Rankings by people: serves the page and waits until there are enough. Labels are in the run's ``labels.db``."""
-        try:
-            from accord.feedback.web.collect import collect
-        except ModuleNotFoundError as error:
-            raise UserError(f"'{error.name}' is not installed; for labelers: web run: pip install 'accord[label]'") from None
-        rankings = collect(self.run.folder / "labels.db", completions, self.recipe.feedback)
-        ranked = {r.prompt_id for r in rankings}
-        return RankedCompletions({key: group for key, group in completions.items() if key in ranked}, rankings)
 
     def reward(self) -> Done:
         completions = read_completions(self.run.folder / "sampled.jsonl")

@@ -1,7 +1,6 @@
 """People label in a real browser against the real server: nothing is lost or doubled, whatever happens to tabs and networks."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,6 @@ pytestmark = pytest.mark.browser
 PASSWORD = "four small words here"
 ITEMS = 12
 ANSWERS = ("A **bold** answer to {i}.", "Another answer to {i}, at greater length than the first, and with more words.", "no idea", "{i} {i} {i} <script>document.title='owned'</script>")  # fmt: skip
-PICTURES = os.environ.get("ACCORD_PICTURES")  # a folder: take the screenshots of docs/
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +98,6 @@ def accessible(page, where):
     assert not bad, (where, bad)
 
 
-def picture(page, name):
-    if PICTURES:
-        page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
-
-
 class Labeler:
     """Somebody with a keyboard. Remembers what they said, by the texts that they saw."""
 
@@ -181,14 +174,12 @@ def test_three_people_label_twelve_items(browser, server, tmp_path):
     # Ann: ties, F, undo and redo, a rating, a flag, a note, a skip, an earlier answer changed, all by keys.
     ann.item()
     accessible(ann.page, "label")
-    picture(ann.page, "labeling")
     assert ann.page.title() == "Rank · accord" and ann.page.locator("#completions script").count() == 0
     first = ann.remember(("1", "2", "2", "F"))
     ann.press("1", "2", "3", "z", "2", "F")  # the third rank is taken back and given anew
     assert ann.page.locator(".badge").all_inner_texts() == ["Rank 1", "Rank 2", "Rank 2", "F"]
     ann.press("z", "y", "r", "6", "x", "2", "d")
     accessible(ann.page, "differences")
-    picture(ann.page, "differences")
     assert ann.page.locator("#differ-text ins").count() and ann.page.locator("#differ-text del").count()
     ann.press("Escape", "?")
     accessible(ann.page, "keys")
@@ -223,7 +214,6 @@ def test_three_people_label_twelve_items(browser, server, tmp_path):
     bob.press(*KEYS[2], "Enter")
     bob.page.wait_for_selector("#banner:not([hidden])")
     assert "1 answer is kept in this browser" in bob.page.locator("#banner").inner_text()
-    picture(bob.page, "offline")
     assert lost not in stored(tmp_path)[0]["Bob"]
     bob.page.context.set_offline(False)
     bob.page.wait_for_selector("#work:not([hidden])")
@@ -272,14 +262,12 @@ def test_three_people_label_twelve_items(browser, server, tmp_path):
     # The owner sees agreement, and takes it out.
     owner.goto(f"{served.at}/overview")
     accessible(owner, "overview")
-    picture(owner, "overview")
     text = owner.locator("main").inner_text()
     assert f"{ITEMS - 1} of {ITEMS}" in text and "Krippendorff" in text and all(name in text for name in people)
     owner.click("#disputed a >> nth=0")
     accessible(owner, "disputed")
     owner.goto(f"{served.at}/instructions")
     accessible(owner, "instructions")
-    picture(owner, "instructions")
     owner.goto(f"{served.at}/overview")
     with owner.expect_download() as download:
         owner.click("text=groups")
@@ -312,7 +300,6 @@ def test_by_mouse_on_a_phone_and_in_the_dark(browser, server, tmp_path):
     phone.goto(served.at)
     phone.wait_for_selector(".answer")
     accessible(phone, "phone, dark")
-    picture(phone, "phone")
     for url in ("/label", "/instructions", "/overview"):
         phone.goto(served.at + url)
         assert phone.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), url

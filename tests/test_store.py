@@ -540,3 +540,40 @@ def test_a_reward_model_says_what_it_is_unsure_of(tiny):
         raw = reward.logits(reward.encode(given[key])).tolist()
         p = [1 / (1 + np.exp(-(raw[i] - raw[j]))) for i, j in ((0, 1), (0, 2), (1, 2))]
         assert found[key] == pytest.approx(np.mean([-x * np.log2(x) - (1 - x) * np.log2(1 - x) for x in p]), abs=1e-4)
+
+
+def test_a_decision_stands_for_all_in_what_is_trained_on(make):
+    store = make(overlap=2)
+    store.add_items(completions(2, 2))
+    for name in ("ann", "bob"):
+        work(store, store.people.add(name, "labeler"), answer(1, 2))
+    rae, sam = store.people.add("rae", "reviewer"), store.people.add("sam", "reviewer")
+    before = list(store.settled())
+    assert before == list(store.rankings()) and len(before) == 4
+    given = store.rule(rae, "p1")
+    assert store.rule(rae, "p1").id == given.id and list(store.settled()) == before  # opened only
+    store.submit(rae, given.id, answer(2, 1), "decision-1")
+    store.submit(sam, store.rule(sam, "p1").id, answer(1, 1), "decision-2")
+    assert [(r.prompt_id, r.labeler, r.ranks) for r in store.settled()] == [
+        ("p1", "sam", (1, 1)), ("p0", "ann", (1, 2)), ("p0", "bob", (1, 2))
+    ]  # fmt: skip
+    assert list(store.rankings()) == before  # raw rankings are as they were
+    ((some, rankings),) = store.ranked()
+    assert some == store.completions() and sorted(rankings, key=str) == sorted(store.settled(), key=str)
+    with pytest.raises(UserError, match="no prompt 'p9'"):
+        store.rule(rae, "p9")
+
+
+def test_settings_of_the_queue_stay_with_the_store(make, url):
+    store = make(overlap=3)
+    store.add_items(completions(2))
+    work(store, store.people.add("ann", "labeler"))
+    looking = Store.open(url, clock=Clock())
+    assert looking.settings == store.settings and looking.settings.overlap == 3
+    looking.close()
+    bob, cy, dee = (store.people.add(name, "labeler") for name in ("bob", "cy", "dee"))
+    assert len(work(store, bob)) == 2  # looking has changed nothing
+    store.set_queue(store.settings.model_copy(update={"overlap": 2}))
+    assert work(store, cy) == []
+    store.set_queue(store.settings.model_copy(update={"overlap": 3}))
+    assert len(work(store, cy)) == 2 and work(store, dee) == []

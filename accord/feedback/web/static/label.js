@@ -20,7 +20,7 @@ let expects = ""; // "rating" or "flag": what the next digit means
 let plain = false;
 let seconds = 0, ticked = Date.now(), touched = Date.now();
 let last = null; // the item that was answered last: undo goes back to it
-let sending = false, wait = 1000, retry = null, draftTimer = null, drafting = null;
+let sending = false, late = false, wait = 1000, retry = null, draftTimer = null, drafting = null;
 
 // What the browser keeps.
 
@@ -87,6 +87,7 @@ async function send() {
         if (passing(error)) throw error;
         if (error.status === 401 || error.status === 403) throw error;
         banner(`An answer was refused: ${error.message}`);
+        if (body.ranks) keep(draftKey(id), { ...body, at: Date.now() }); // so that it is there when the item is opened again
         answer = {};
       }
       keep(OUTBOX, stored(OUTBOX, []).filter((entry) => entry.body.request !== body.request));
@@ -94,7 +95,8 @@ async function send() {
       if (answer.gold) await calibrate(answer.gold, body.ranks);
     }
     wait = 1000;
-    if (!$("banner").classList.contains("good") && $("banner").textContent.startsWith("No connection")) banner("");
+    if (late) banner("");
+    late = false;
     if (item === null) await next();
   } catch (error) {
     failed(error);
@@ -104,17 +106,18 @@ async function send() {
 }
 
 function failed(error) {
-  if (passing(error)) return offline();
+  if (passing(error)) return offline(error instanceof Refused ? error.message : "No connection.");
   if (![401, 403].includes(error.status) || Date.now() - stored("accord.reloaded", 0) < 60_000) return banner(error.message);
   keep("accord.reloaded", Date.now()); // logged out, or in again elsewhere: the page brings to the login, or a new token
   location.reload();
 }
 
-function offline() {
+function offline(why) {
   const waiting = stored(OUTBOX, []).length;
-  banner(`No connection. ${waiting ? `${waiting} ${waiting === 1 ? "answer is" : "answers are"} kept in this browser and sent` : "It goes on"} when it is back.`);
+  late = true;
+  banner(`${why} ${waiting ? `${waiting} ${waiting === 1 ? "answer is" : "answers are"} kept in this browser and sent` : "It goes on"} as soon as that works.`);
   clearTimeout(retry);
-  retry = setTimeout(() => (item === null || stored(OUTBOX, []).length ? send() : banner("")), wait);
+  retry = setTimeout(send, wait);
   wait = Math.min(wait * 2, 30_000);
 }
 

@@ -1,0 +1,58 @@
+"""Takes the screenshots of docs/labeling.md: the bundled model's own completions, ranked by simulated labelers.
+
+.venv/bin/python docs/pictures.py
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+
+def main():
+    from playwright.sync_api import sync_playwright
+
+    import accord
+    from accord.config import Recipe
+    from accord.feedback.intake import set_criterion
+    from accord.feedback.store import Label, QueueSettings, Store
+    from accord.feedback.web.serve import address, listen, serving, web_settings
+    from accord.pipeline import recipe_prompts
+
+    prompts = [p for p in recipe_prompts(Recipe()) if p.theme != "harmful"][::12][:40]
+    completions = accord.by_prompt(accord.sample(accord.load(), prompts, per_prompt=4, max_new_tokens=60, temperature=0.7))
+    ranked = accord.simulated_panel("hhh").rank(completions)
+    said = {(r.labeler, r.prompt_id): r.ranks for r in ranked.rankings}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.open(Path(folder) / "labels.db", QueueSettings(overlap=4, gold_share=0, repeat_share=0))
+        set_criterion(store, None)
+        store.add_items(completions)
+        for name in sorted({r.labeler for r in ranked.rankings}):
+            person = store.people.add(name, "labeler")
+            for seconds in range(25, 25 + 34):
+                given = store.next(person)
+                store.submit(person, given.id, Label(ranks=said[name, given.prompt.id]), f"simulated-{given.id}", float(seconds))
+        listening = listen("127.0.0.1", 0)
+        with serving(store, web_settings(store, "127.0.0.1", False), listening), sync_playwright() as play:
+            browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 1240, "height": 860})
+            page.goto(address(listening))
+            page.wait_for_selector(".answer")
+            for key in ("2", "1", "2", "ArrowUp", "r", "6", "x", "2"):
+                page.keyboard.press(key)
+            page.screenshot(path=HERE / "labeling.png")
+            page.goto(address(listening) + "/overview")
+            page.screenshot(path=HERE / "overview.png")
+            phone = browser.new_context(viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2).new_page()
+            phone.goto(address(listening))
+            phone.wait_for_selector(".answer")
+            phone.keyboard.press("1")
+            phone.screenshot(path=HERE / "labeling-phone.png")
+            browser.close()
+        store.close()
+
+
+if __name__ == "__main__":
+    main()
