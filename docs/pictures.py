@@ -26,7 +26,7 @@ def main():
     ranked = accord.simulated_panel("hhh").rank(completions)
     said = {(r.labeler, r.prompt_id): r.ranks for r in ranked.rankings}
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.open(Path(folder) / "labels.db", QueueSettings(overlap=4, gold_share=0, repeat_share=0))
+        store = Store.open(Path(folder) / "labels.db", QueueSettings(overlap=3, gold_share=0, repeat_share=0))
         set_criterion(store, None)
         store.add_items(completions)
         for name in sorted({r.labeler for r in ranked.rankings}):
