@@ -120,7 +120,7 @@ def label(completions: Mapping[str, Sequence[Completion]], store: str | Path = "
         from accord.feedback.web.collect import collect
     except ModuleNotFoundError as error:
         raise UserError(f"'{error.name}' is not installed; run: pip install 'accord[label]'") from None
-    rankings = collect(Path(store), completions, wanted)
+    rankings = collect(str(store), completions, wanted)
     ranked = {r.prompt_id for r in rankings}
     return RankedCompletions({key: list(group) for key, group in completions.items() if key in ranked}, rankings)
 

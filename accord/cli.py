@@ -478,10 +478,10 @@ def do_label(arguments: argparse.Namespace) -> None:
             from accord.reward.model import RewardModel
 
             store.set_priority(uncertainty(store.completions(), [RewardModel.load(folder) for folder in arguments.priority]))
-        at = address(listening)
+        at = address(listening, web)
         if arguments.accounts and (link := first_owner(store, at)):
             console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
-        console.print(f"Rank at {at}   (Ctrl-C ends it; labels are in {arguments.store})", soft_wrap=True, markup=False)
+        console.print(f"Rank at {at}   (Ctrl-C ends it; labels are in {store.database.url})", soft_wrap=True, markup=False)
         folder = arguments.rewards or Path("labels.rewards" if "://" in arguments.store else f"{arguments.store}.rewards")
         serve(store, web, listening, Retraining(store, folder, arguments.model, every=arguments.retrain_every))
 

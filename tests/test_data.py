@@ -61,7 +61,10 @@ def test_bad_prompts(tmp_path, rows, message):
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("x.csv", b"a,b", "unknown kind of file"),
+        ("x.tsv", b"a\tb", "unknown kind of file"),
+        ("x.csv", b"a,b", "holds no prompts"),
+        ("x.csv", b"a,b\n1,2", "has no field .prompt."),
+        ("x.csv", b'prompt\n"x', "is no row of a CSV file"),
         ("x.jsonl", b"\xff\xfe\x00", "UTF-8"),
         ("x.parquet", b"nonsense", "not a readable Parquet"),
         ("x.json", b"{}", "must hold a JSON list"),
@@ -229,3 +232,19 @@ def test_the_shipped_prompts():
     assert len(prompts) >= 600
     assert {p.theme for p in prompts} == {"helpfulness", "honesty", "harmlessness"}
     assert len({p.text.lower() for p in prompts}) == len(prompts)
+
+
+def test_csv_cells_are_texts_numbers_and_lists(tmp_path):
+    (tmp_path / "c.csv").write_text(
+        '\ufeffid,prompt,completion,index,finished\n'
+        'a,"[{""role"": ""user"", ""content"": ""hi""}]","[{""k"": 1}]",1,FALSE\n'
+        'a,"[{""role"": ""user"", ""content"": ""hi""}]",,0,True\n'
+        '007,1e3,12,0,\n'
+    )  # fmt: skip
+    found = read_completions(tmp_path / "c.csv")
+    assert [(c.text, c.finished) for c in found["a"]] == [("", True), ('[{"k": 1}]', False)]
+    assert found["a"][0].prompt.content == [{"role": "user", "content": "hi"}]
+    assert found["007"][0].prompt.content == "1e3" and found["007"][0].text == "12"
+    (tmp_path / "d.csv").write_text("id,prompt,completion\na,one,x\na,two,y\n")
+    with pytest.raises(UserError, match=r"d.csv:3: the id 'a' is of another prompt already"):
+        read_completions(tmp_path / "d.csv")

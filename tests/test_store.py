@@ -17,6 +17,7 @@ from sqlalchemy import select, text
 
 from accord.data.records import Completion, Prompt
 from accord.errors import UserError
+from accord.feedback import statements
 from accord.feedback.schema import assignments, metadata
 from accord.feedback.store import Label, QueueSettings, Store
 
@@ -543,7 +544,8 @@ def test_a_reward_model_says_what_it_is_unsure_of(tiny):
 
 
 def test_a_decision_stands_for_all_in_what_is_trained_on(make):
-    store = make(overlap=2)
+    clock = Clock()
+    store = make(clock, overlap=2)
     store.add_items(completions(2, 2))
     for name in ("ann", "bob"):
         work(store, store.people.add(name, "labeler"), answer(1, 2))
@@ -553,10 +555,14 @@ def test_a_decision_stands_for_all_in_what_is_trained_on(make):
     given = store.rule(rae, "p1")
     assert store.rule(rae, "p1").id == given.id and list(store.settled()) == before  # opened only
     store.submit(rae, given.id, answer(2, 1), "decision-1")
+    clock.now += 1
     store.submit(sam, store.rule(sam, "p1").id, answer(1, 1), "decision-2")
     assert [(r.prompt_id, r.labeler, r.ranks) for r in store.settled()] == [
         ("p1", "sam", (1, 1)), ("p0", "ann", (1, 2)), ("p0", "bob", (1, 2))
     ]  # fmt: skip
+    clock.now += 1
+    store.submit(rae, given.id, answer(2, 1), "decision-3")  # who opened it first decides it last
+    assert [r.labeler for r in store.settled() if r.prompt_id == "p1"] == ["rae"]
     assert list(store.rankings()) == before  # raw rankings are as they were
     ((some, rankings),) = store.ranked()
     assert some == store.completions() and sorted(rankings, key=str) == sorted(store.settled(), key=str)
@@ -577,3 +583,45 @@ def test_settings_of_the_queue_stay_with_the_store(make, url):
     assert work(store, cy) == []
     store.set_queue(store.settings.model_copy(update={"overlap": 3}))
     assert len(work(store, cy)) == 2 and work(store, dee) == []
+
+
+def test_the_order_of_completions_does_not_hang_on_a_setting(make):
+    store = make(seed=1)
+    store.add_items(completions(5, 5))
+    ann = store.people.add("ann", "labeler")
+    given = store.next(ann)
+    store.set_queue(store.settings.model_copy(update={"seed": 2}))
+    assert store.assignment(ann, given.id).order == given.order
+
+
+def test_a_store_of_a_newer_accord_is_refused_in_a_sentence(tmp_path):
+    store = Store.open(tmp_path / "labels.db")
+    with store.database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(UserError, match=r"cannot be opened.*9999"):
+        Store.open(tmp_path / "labels.db")
+
+
+def test_a_first_store_is_migrated(tmp_path):
+    """What revision 0001 wrote is there with what 0002 adds."""
+    from alembic import command
+    from alembic.config import Config
+
+    from accord.feedback.database import Database
+
+    database = Database.open(tmp_path / "labels.db")
+    config = Config()
+    config.set_main_option("script_location", str(Path(statements.__file__).parent / "migrations"))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        connection.execute(text("INSERT INTO people (id, name, role, active, created) VALUES (1, 'Ann', 'labeler', 1, 0)"))
+        connection.execute(text("""INSERT INTO items (id, prompt_id, theme, content, completions, kind, priority, place, taken, wanted, created) VALUES (1, 'p', '', '"q"', '[{"text": "a", "finished": true}, {"text": "b", "finished": true}]', 'real', 0, 0, 1, 0, 0)"""))  # fmt: skip
+        connection.execute(text("""INSERT INTO assignments (id, item, person, round, state, lease, opened, closed, label) VALUES (1, 1, 1, 0, 'done', 0, 0, 5, '{"ranks": [2, 1], "ratings": [], "flags": [], "note": "", "reason": ""}')"""))  # fmt: skip
+    database.close()
+    store = Store.open(tmp_path / "labels.db")
+    assert [r.ranks for r in store.rankings()] == [(2, 1)] and len(store.id) == 32
+    (given,) = store.history(store.people.get("Ann"))
+    assert given.answers == 1
+    store.close()

@@ -18,7 +18,7 @@ from accord.feedback.web.render import markdown
 from accord.feedback.web.security import BODY, UPLOAD, Limiter
 from accord.feedback.web.serve import address, listen, serving
 from accord.feedback.web.server import make_app
-from accord.feedback.web.site import COOKIE, WebSettings
+from accord.feedback.web.site import WebSettings
 
 PASSWORD = "four small words here"
 EXAMPLES = int(os.environ.get("ACCORD_EXAMPLES", "20"))  # requests of each kind that schemathesis makes up
@@ -47,6 +47,7 @@ class Served:
 
     def __init__(self, store, at):
         self.store, self.at = store, at
+        self.cookie = f"accord_session_{store.id[:8]}"
 
     def client(self, name=None, password=PASSWORD):
         client = httpx.Client(base_url=self.at, headers={"Origin": self.at}, timeout=30)
@@ -131,7 +132,16 @@ def test_a_labeler_sees_no_more_than_they_need(serve):
     served = serve(gold_share=0.0)
     served.store.add_items({"g": completions(1)["p0"]}, "gold", {"g": [1, 2, None]})
     given = served.client("some labeler").post("/api/next").json()["item"]
-    assert set(given) == {"id", "state", "calibration", "prompt", "completions", "draft", "label"}  # no prompt id, kind, order, known ranks
+    assert set(given) == {
+        "id",
+        "state",
+        "calibration",
+        "prompt",
+        "completions",
+        "draft",
+        "label",
+        "answers",
+    }  # no prompt id, kind, order, known ranks
     assert all(set(c) == {"text", "html"} for c in given["completions"])
 
 
@@ -163,6 +173,29 @@ def test_what_is_submitted_is_of_the_completions_as_they_were_imported(serve):
     assert len(orders) > 1
 
 
+def test_a_page_of_another_store_changes_nothing_here(serve):
+    served = serve()
+    client = served.client("some labeler")
+    item = client.post("/api/next", headers={"X-Accord-Store": served.store.id}).json()["item"]
+    refused = client.post(f"/api/items/{item['id']}/label", json=answer(item), headers={"X-Accord-Store": "0" * 32})
+    assert refused.status_code == 409 and list(served.store.rankings()) == []
+
+
+def test_a_draft_that_was_overtaken_is_not_kept(serve):
+    served = serve()
+    client = served.client("some labeler")
+    item = client.post("/api/next").json()["item"]
+    path = f"/api/items/{item['id']}"
+    assert item["answers"] == 0 and client.put(f"{path}/draft", json={"note": "new", "at": 2.0, "answers": 0}).json() == {"kept": True}
+    assert client.put(f"{path}/draft", json={"note": "old", "at": 1.0, "answers": 0}).json() == {"kept": False}
+    assert client.get(path).json()["item"]["draft"]["note"] == "new"
+    client.post(f"{path}/label", json=answer(item))
+    assert client.put(f"{path}/draft", json={"note": "late", "at": 3.0, "answers": 0}).json() == {"kept": False}
+    again = client.get(path).json()["item"]
+    assert again["draft"] is None and again["answers"] == 1
+    assert client.put(f"{path}/draft", json={"note": "edit", "at": 4.0, "answers": 1}).json() == {"kept": True}
+
+
 def test_calibration_shows_the_known_ranks_and_gold_does_not(serve):
     served = serve(items=1, gold_share=0.5)
     served.store.add_items(
@@ -191,7 +224,7 @@ def test_changes_need_the_token_and_our_own_pages(serve):
     other = served.client("some owner").headers["X-CSRF-Token"]
     assert client.post("/api/next", headers={"X-CSRF-Token": other}).status_code == 403
     assert client.post("/logout").status_code == 403 and client.post("/logout", data={"csrf": "x"}).status_code == 403
-    for origin in ("http://evil.example", "null", "", served.at + "0", served.at.replace("http://", "http://evil@")):
+    for origin in ("http://[evil", "http://evil.example", "null", "", served.at + "0", served.at.replace("http://", "http://evil@")):
         good = {"X-CSRF-Token": token, "Origin": origin}
         assert client.post("/api/next", headers=good).status_code == 403, origin
         assert (
@@ -208,13 +241,13 @@ def test_a_login_is_a_new_session_and_ends_the_one_before(serve):
     store = served.store
     planted = store.people.log_in(store.people.get("some labeler"))  # somebody else's session, put into the victim's browser
     client = served.client()
-    client.cookies.set(COOKIE, planted)
+    client.cookies.set(served.cookie, planted)
     response = client.post("/login", data={"name": "some owner", "password": PASSWORD})
-    given = response.cookies[COOKIE]
+    given = response.cookies[served.cookie]
     assert given != planted and store.people.session(planted) is None and store.people.session(given).person.role == OWNER
     assert "HttpOnly" in response.headers["set-cookie"] and "SameSite=lax" in response.headers["set-cookie"]
     client = served.client("some reviewer")
-    token = client.cookies[COOKIE]
+    token = client.cookies[served.cookie]
     client.post("/logout", data={"csrf": client.headers["X-CSRF-Token"]})
     assert store.people.session(token) is None
     raw = store.database.engine.raw_connection()
@@ -237,6 +270,13 @@ def test_guessing_passwords_ends_soon(serve):
     assert codes[:9] == [403] * 9 and codes[9:] == [429] * 3  # four times as many from one address, whatever the name
 
 
+def test_a_name_is_the_same_with_blanks_and_who_is_right_does_not_use_up_the_address(serve):
+    served = serve(WebSettings(attempts=3))
+    login = lambda name, password: served.client().post("/login", data={"name": name, "password": password}).status_code
+    assert [login("some labeler", PASSWORD) for _ in range(14)] == [303] * 14
+    assert [login(" " * k + "some owner", "guess") for k in range(5)] == [403] * 3 + [429] * 2
+
+
 def test_many_guesses_at_once_are_not_more(serve):
     served = serve(WebSettings(attempts=3))
     codes = []
@@ -249,17 +289,17 @@ def test_many_guesses_at_once_are_not_more(serve):
 def test_the_limiter_counts_by_hand():
     now = [0.0]
     limiter = Limiter(2, 10.0, names=2, clock=lambda: now[0])
-    assert limiter.wait("a") == 0
-    limiter.count("a")
+    assert limiter.take("a") == 0
     now[0] = 4.0
-    limiter.count("a")
-    assert limiter.wait("a") == 6.0 and limiter.wait("b") == 0
+    assert limiter.take("a") == 0 and limiter.take("a") == 6.0 and limiter.take("b") == 0
     now[0] = 10.0
-    assert limiter.wait("a") == 0  # the first is ten seconds old
-    limiter.count("a")
-    assert limiter.wait("a") == 4.0
-    limiter.count("b"), limiter.count("c")
-    assert limiter.wait("a") == 0  # forgotten: two names are kept
+    assert limiter.take("a") == 0 and limiter.take("a") == 4.0  # the first is ten seconds old
+    limiter.give_back("a")
+    assert limiter.take("a") == 0 and limiter.take("a") == 4.0
+    limiter.forget("a")
+    assert limiter.take("a") == 0
+    limiter.take("b"), limiter.take("c")
+    assert limiter.take("a") == 0 and limiter.take("a") == 0  # forgotten: two names are kept
 
 
 def test_too_many_requests(serve):
@@ -372,7 +412,7 @@ def test_every_answer_has_the_headers(serve):
 def test_behind_https_the_cookie_stays_there(serve):
     served = serve(WebSettings(https=True))
     response = httpx.post(served.at + "/login", data={"name": "some owner", "password": PASSWORD}, headers={"Origin": served.at})
-    assert response.headers["set-cookie"].startswith("__Host-accord_session=") and "Secure" in response.headers["set-cookie"]
+    assert response.headers["set-cookie"].startswith("__Host-accord_session_") and "Secure" in response.headers["set-cookie"]
     assert "max-age" in response.headers["strict-transport-security"]
 
 
@@ -511,7 +551,9 @@ def test_no_request_that_the_interface_describes_breaks_the_server(serve, url):
             headers = {"Origin": served.at, "X-CSRF-Token": client.headers["X-CSRF-Token"]}
             if operation.path == "/logout":
                 headers.pop("X-CSRF-Token")
-            response = case.call(base_url=served.at, headers=headers, cookies={COOKIE: client.cookies[COOKIE]}, allow_redirects=False)
+            response = case.call(
+                base_url=served.at, headers=headers, cookies={served.cookie: client.cookies[served.cookie]}, allow_redirects=False
+            )
             seen.append((operation.path, response.status_code))
             assert response.status_code < 500, (operation.method, operation.path, case.body, response.text[:500])
 

@@ -62,6 +62,8 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 TEXTS = (*PROMPT_FIELDS, "id", "prompt_id", "completion", "chosen", "rejected", "labeler", "theme", "criterion")
 """Fields of a CSV file that are taken as they are written; other cells are numbers, lists and such, as in JSON."""
+CHATS = (*PROMPT_FIELDS, "chosen", "rejected")
+"""Texts that may also be chat messages, as JSON."""
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,16 +76,16 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(
                     f"{place} has {'more' if None in row else 'fewer'} cells than the header has names ({len(reader.fieldnames or [])})."
                 )
-            yield place, {name: _cell(name, value) for name, value in row.items() if value != ""}
+            yield place, {name: _cell(name, value) for name, value in row.items() if value != "" or name == "completion"}
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num} is no row of a CSV file: {error}.") from None
 
 
 def _cell(name: str, value: str) -> Any:
-    if name in TEXTS and not value.startswith("[{"):  # chat messages
+    if name in TEXTS and not (name in CHATS and value.startswith("[{")):
         return value
     try:
-        return json.loads(value.lower() if value in ("True", "False") else value)
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except (ValueError, RecursionError):
         return value
 
@@ -293,6 +295,8 @@ def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, 
         tokens, index = row.get("tokens") or [], row.get("index") or 0
         if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens) or not isinstance(index, int):
             raise UserError(f"{place}: 'index' must be a whole number and 'tokens' a list of them; give a file that accord sample wrote.")
+        if prompt.id in found and found[prompt.id][0].prompt.content != prompt.content:
+            raise UserError(f"{place}: the id '{prompt.id}' is of another prompt already; completions of one id answer the same prompt.")
         found.setdefault(prompt.id, []).append(
             Completion(prompt, text, bool(row.get("finished", True)), index, tuple(tokens) if with_tokens else ())
         )

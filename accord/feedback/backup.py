@@ -9,22 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Table, func, insert, select, text
+from sqlalchemy import Connection, Table, delete, func, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from accord import __version__
 from accord.disk import whole_file
 from accord.errors import UserError, first_line
-from accord.feedback.schema import assignments, criteria, events, items, people, queue
+from accord.feedback.schema import about, assignments, criteria, events, items, people
 from accord.feedback.store import Store
 
 FORMAT = 1
-TABLES = (people, criteria, queue, items, assignments, events)  # each after what it refers to
+TABLES = (about, people, criteria, items, assignments, events)  # each after what it refers to
 CHUNK = 1000
 
 
@@ -53,7 +54,7 @@ def back_up(store: Store, out: Path) -> dict[str, int]:
             tables[table.name] = {"rows": count, "sha256": digest.hexdigest()}
         manifest = {"format": FORMAT, "accord": __version__, "revision": _revision(connection), "tables": tables}
         archive.writestr("manifest.json", json.dumps(manifest, indent=1))
-    return {name: about["rows"] for name, about in tables.items()}
+    return {name: told["rows"] for name, told in tables.items()}
 
 
 def restore(path: Path, store: Store) -> dict[str, int]:
@@ -68,18 +69,19 @@ def restore(path: Path, store: Store) -> dict[str, int]:
             revision = _revision(connection)
             if manifest["format"] != FORMAT or manifest["revision"] != revision:
                 raise UserError(f"{path} was made by accord {manifest['accord']} (revision {manifest['revision']}); this is {__version__} (revision {revision}). Restore it with that version; a newer one then migrates the store.")  # fmt: skip
-            for table in TABLES:
+            for table in TABLES[1:]:
                 if connection.execute(select(func.count()).select_from(table)).scalar_one():
                     raise UserError(f"The store {store.database.url} has {table.name} in it already; restore into a new one.")
+            connection.execute(delete(about))  # it becomes the store that was backed up
             for table in TABLES:
                 _fill(connection, table, archive, manifest["tables"][table.name], path)
         store.reload()
-    except (zipfile.BadZipFile, SQLAlchemyError, KeyError, ValueError, TypeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, SQLAlchemyError, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError) as error:
         raise UserError(f"{path} is no backup of a label store, or damaged: {first_line(error)}") from None
-    return {name: about["rows"] for name, about in manifest["tables"].items()}
+    return {name: told["rows"] for name, told in manifest["tables"].items()}
 
 
-def _fill(connection: Connection, table: Table, archive: zipfile.ZipFile, about: dict[str, Any], path: Path) -> None:
+def _fill(connection: Connection, table: Table, archive: zipfile.ZipFile, told: dict[str, Any], path: Path) -> None:
     digest, count = hashlib.sha256(), 0
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -98,7 +100,7 @@ def _fill(connection: Connection, table: Table, archive: zipfile.ZipFile, about:
             some = []
     if some:
         connection.execute(insert(table), some)
-    if (count, digest.hexdigest()) != (about["rows"], about["sha256"]):
+    if (count, digest.hexdigest()) != (told["rows"], told["sha256"]):
         raise UserError(f"{path} is damaged: {table.name} is not what was written.")
     if connection.dialect.name == "postgresql" and "id" in table.c:  # so that the next row's number is a new one
         connection.execute(

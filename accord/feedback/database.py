@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -49,7 +50,7 @@ class Database:
             database = cls(engine, clock, shown)
             with database.write() as connection:
                 _migrate(connection)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
+        except (SQLAlchemyError, CommandError, ImportError, ValueError) as error:
             raise UserError(f"The label store {shown} cannot be opened: {first_line(error)}") from None
         return database
 

@@ -14,7 +14,7 @@ from accord.feedback.agreement import Agreement, LabelerReport, agreement, compa
 from accord.feedback.statements import AGAIN, FIRST
 from accord.feedback.store import Store
 
-KNOWN = "(known)"  # the name of known ranks among labelers
+KNOWN = "\0known"  # the name of known ranks among labelers; nobody can have it
 SAYS = ("better", "equal", "worse")
 
 

@@ -34,10 +34,10 @@ sessions = Table(
     Column("used", Float, nullable=False),
 )  # fmt: skip
 
-queue = Table(
-    "queue", metadata,
-    Column("name", String(40), primary_key=True),  # of a setting
-    Column("value", Float, nullable=False),
+about = Table(
+    "about", metadata,
+    Column("name", String(40), primary_key=True),  # id: of this store and no other; queue: how items are given out
+    Column("value", JSON, nullable=False),
 )  # fmt: skip
 
 criteria = Table(
@@ -73,7 +73,9 @@ assignments = Table(
     Column("state", String(20), nullable=False),  # open, late (open, and the lease has ended), done, skipped
     Column("lease", Float, nullable=False),  # until when it is theirs while it is open
     Column("opened", Float, nullable=False),
-    Column("closed", Float),
+    Column("closed", Float),  # when it was answered first
+    Column("answered", Float),  # and last
+    Column("answers", Integer, nullable=False, default=0, server_default="0"),  # how often
     Column("draft", JSON),
     Column("label", JSON),  # as submitted last: ranks, ratings, flags, note, reason
     Column("seconds", Float),  # on it, as the page counted

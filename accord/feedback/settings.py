@@ -15,4 +15,4 @@ class QueueSettings(BaseModel):
     gold_share: float = Field(0.05, ge=0, le=0.5, description="Share of items with a known answer that are mixed in")
     repeat_share: float = Field(0.05, ge=0, le=0.5, description="Share of items that a labeler sees a second time")
     repeat_after: int = Field(10, ge=1, description="Items between an item and its repetition, at least")
-    seed: int = Field(0, ge=0, description="Order of items of one priority, and of completions")
+    seed: int = Field(0, ge=0, description="Order of items of one priority, and which known ones and repetitions are mixed in")

@@ -59,7 +59,9 @@ WORK = select(
     select(func.count()).select_from(items).where(items.c.kind == "real", items.c.wanted).scalar_subquery().label("wanted"),
     select(func.count())
     .select_from(assignments.join(items, items.c.id == assignments.c.item))
-    .where(assignments.c.person == _person, assignments.c.round == FIRST, items.c.kind == "real", items.c.wanted)
+    .where(
+        assignments.c.person == _person, assignments.c.round == FIRST, items.c.kind == "real", items.c.wanted, assignments.c.state != "open"
+    )
     .scalar_subquery()
     .label("had"),
 )

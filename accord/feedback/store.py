@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from accord.errors import UserError, did_you_mean
 from accord.feedback import statements
 from accord.feedback.database import Database, check_text
 from accord.feedback.people import People, Person
-from accord.feedback.schema import assignments, criteria, events, items, people, queue
+from accord.feedback.schema import about, assignments, criteria, events, items, people
 from accord.feedback.settings import QueueSettings
 from accord.feedback.statements import AGAIN, FIRST, RULING
 
@@ -89,6 +90,7 @@ class Assignment:
     Attributes:
         order: ``order[place]`` is the index of the completion shown there: shuffled by labeler, item and round, and always the same.
         calibration: it is one to begin with, whose ``gold`` ranks are shown after the answer. Other items with known ranks look like any.
+        answers: how often it was answered; a draft belongs to one of these times.
     """
 
     id: int
@@ -100,6 +102,7 @@ class Assignment:
     draft: Mapping[str, Any] | None = None
     label: Label | None = None
     gold: tuple[int | None, ...] | None = None
+    answers: int = 0
 
 
 class Store:
@@ -127,10 +130,16 @@ class Store:
         return store
 
     def reload(self) -> None:
-        """Take the settings as they are in the store."""
+        """Take what the store knows of itself: its settings, and its ``id``, which no other store has."""
         with self.database.read() as connection:
-            known = {row.name: row.value for row in connection.execute(select(queue)).all()}
-        self.settings = QueueSettings.model_validate(known)
+            known = {row.name: row.value for row in connection.execute(select(about)).all()}
+        if "id" not in known:
+            with self.database.write() as connection:
+                if connection.execute(select(about).where(about.c.name == "id")).first() is None:
+                    connection.execute(insert(about).values(name="id", value=secrets.token_hex(16)))
+            return self.reload()
+        self.id = str(known["id"])
+        self.settings = QueueSettings.model_validate(known.get("queue", {}))
 
     def set_queue(self, settings: QueueSettings) -> None:
         """Give items out by other settings from now on."""
@@ -139,8 +148,8 @@ class Store:
             return
         self.settings = settings
         with self.database.write() as connection:
-            connection.execute(delete(queue))
-            connection.execute(insert(queue), [{"name": name, "value": value} for name, value in settings.model_dump().items()])
+            connection.execute(delete(about).where(about.c.name == "queue"))
+            connection.execute(insert(about).values(name="queue", value=settings.model_dump()))
             connection.execute(update(items).values(wanted=items.c.taken < settings.overlap))
             self.database.note(connection, "queue set", after=settings.model_dump())
 
@@ -342,7 +351,7 @@ class Store:
         return self._shown(connection.execute(statements.SHOWN, {"of_key": key}).one())
 
     def _shown(self, row: Any) -> Assignment:
-        luck = np.random.default_rng(int(_share(f"{self.settings.seed}/{row.person}/{row.round}/{row.prompt_id}") * 2**53))
+        luck = np.random.default_rng(int(_share(f"{self.id}/{row.person}/{row.round}/{row.prompt_id}") * 2**53))
         return Assignment(
             row.id,
             Prompt(row.prompt_id, row.content, row.theme),
@@ -353,6 +362,7 @@ class Store:
             row.draft,
             row.label and Label.of(row.label),
             tuple(row.gold) if row.kind == "calibration" and row.label else None,
+            row.answers,
         )
 
     def assignment(self, person: Person, key: int) -> Assignment:
@@ -370,15 +380,22 @@ class Store:
             raise UserError(f"There is no item {key} that was given to '{person.name}'.")
         return row
 
-    def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> None:
-        """Keep what is not submitted yet, and the lease.
+    def save_draft(self, person: Person, key: int, draft: Mapping[str, Any]) -> bool:
+        """Keep what is not submitted yet, and the lease. One that was overtaken, by an answer or by a newer draft, is not kept.
+
+        Args:
+            draft: what the page likes; ``answers`` is how often the item was answered when it was begun, ``at`` when it was made.
 
         Raises:
             UserError: the item is not theirs, or the draft is larger than any answer.
         """
         check_text(json.dumps(draft, ensure_ascii=False).replace("\\u0000", "\0"), "A draft", 100_000)
         with self.database.write() as connection:
-            self._hold(connection, self._own(connection, person, key), draft=dict(draft))
+            row = self._own(connection, person, key)
+            if draft.get("answers", row.answers) != row.answers or draft.get("at", 0) < (row.draft or {}).get("at", 0):
+                return False
+            self._hold(connection, row, draft=dict(draft))
+        return True
 
     def submit(
         self, person: Person, key: int, label: Label | Callable[[Assignment], Label], request: str, seconds: float | None = None
@@ -411,7 +428,7 @@ class Store:
             holding, now_holding = row.state in ("open", "done"), state == "done"
             self._take(connection, row.item, row.round, now_holding - holding)
             values = {
-                "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now,
+                "state": state, "label": label.to_json(), "draft": None, "closed": row.closed or now, "answered": now, "answers": row.answers + 1,
                 "seconds": row.seconds if seconds is None else (row.seconds or 0.0) + seconds, "criterion": row.criterion or self._version(connection),
             }  # fmt: skip
             connection.execute(statements.CHANGE, {"of_key": key, **values})
@@ -449,7 +466,12 @@ class Store:
 
     def settled(self) -> Iterator[Ranking]:
         """The rankings to train on: of a prompt that a reviewer has decided the newest decision alone, of others everyone's."""
-        decided = {r.prompt_id: r for r in self.rankings(number=RULING)}
+        query = select(assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
+        query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
+        query = query.where(assignments.c.state == "done", assignments.c.round == RULING)
+        with self.database.read() as connection:
+            rows = connection.execute(query.order_by(assignments.c.answered, assignments.c.id)).all()
+        decided = {row.prompt_id: Ranking(row.prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "") for row in rows}
         yield from decided.values()
         yield from (r for r in self.rankings() if r.prompt_id not in decided)
 
@@ -457,7 +479,8 @@ class Store:
         """This person's own answers, the last first."""
         with self.database.read() as connection:
             query = select(assignments.c.id).where(assignments.c.person == person.id, assignments.c.state != "open")
-            keys = connection.execute(query.order_by(assignments.c.closed.desc(), assignments.c.id.desc()).limit(limit)).scalars().all()
+            query = query.where(assignments.c.closed.is_not(None)).order_by(assignments.c.closed.desc(), assignments.c.id.desc())
+            keys = connection.execute(query.limit(limit)).scalars().all()
             return [self._assignment(connection, key) for key in keys]
 
     def rankings(self, kind: Kind | None = "real", number: int = FIRST, chunk: int = 1000) -> Iterator[Ranking]:
@@ -539,7 +562,7 @@ class Store:
                 query = query.join(people, people.c.id == assignments.c.person).where(
                     assignments.c.state == "done", assignments.c.item.in_([row.id for row in some]), assignments.c.round != AGAIN
                 )
-                labels = connection.execute(query.order_by(assignments.c.id)).all()
+                labels = connection.execute(query.order_by(assignments.c.answered, assignments.c.id)).all()
             mine: dict[int, list[Any]] = {}
             for label in labels:
                 mine.setdefault(label.item, []).append(label)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from accord.data.records import Completion, Ranking
@@ -30,7 +29,7 @@ class Wanted(Protocol):
     seed: int
 
 
-def collect(path: Path, completions: Mapping[str, Sequence[Completion]], wanted: Wanted) -> list[Ranking]:
+def collect(url: str, completions: Mapping[str, Sequence[Completion]], wanted: Wanted) -> list[Ranking]:
     """Rankings of at least the share ``wanted.enough`` of the prompts, each by ``wanted.overlap`` people.
 
     Raises:
@@ -39,15 +38,17 @@ def collect(path: Path, completions: Mapping[str, Sequence[Completion]], wanted:
     """
     if any(not 2 <= len(group) <= MOST for group in completions.values()):
         raise UserError(f"People compare 2 to {MOST} completions of a prompt; change sample.per_prompt.")
+    if wanted.overlap > 1 and not wanted.accounts:
+        raise UserError(f"overlap is {wanted.overlap}, and without accounts there is one person; set accounts to true, or overlap to 1.")
     listening = listen(wanted.host, wanted.port)
-    store = Store.open(path, QueueSettings.model_validate({"overlap": wanted.overlap, "seed": wanted.seed}))
+    store = Store.open(url, QueueSettings.model_validate({"overlap": wanted.overlap, "seed": wanted.seed}))
     try:
         web = web_settings(store, wanted.host, wanted.accounts)
         set_criterion(store, None)
         store.add_items(completions)
         need = math.ceil(wanted.enough * len(completions))
         with serving(store, web, listening) as check:
-            at = address(listening)
+            at = address(listening, web)
             if wanted.accounts and (link := first_owner(store, at)):
                 console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
             console.print(f"Rank at {at}   (Ctrl-C stops the run; what is ranked is kept)", soft_wrap=True, markup=False)
@@ -60,6 +61,10 @@ def collect(path: Path, completions: Mapping[str, Sequence[Completion]], wanted:
                     now = min(store.progress()["complete"], need)
                     progress.advance(now - done, f"{store.progress()['rankings']} rankings")
                     done = now
+                    if web.alone is not None and not store.work_of(web.alone, 0.0)["left"]:
+                        break  # what was skipped nobody else will rank
+            if done < need:
+                console.print(f"{need - done} of {need} prompts were skipped.")
         return list(store.settled())
     finally:
         store.close()

@@ -27,19 +27,20 @@ def login_page(request: Request) -> Response:
 @routes.post("/login", response_class=HTMLResponse)
 def login(request: Request, name: Name = "", password: Password = "") -> Response:
     site, address = Site.of(request), _address(request)
-    wait = max(site.by_name.wait(name), site.by_address.wait(address))
+    name = name.strip()
+    # Taken before the password is looked at, so that many at once are not more than one after the other.
+    wait = site.by_name.take(name) or site.by_address.take(address)
     if wait:
         response: Response = site.page(
             request, "login", status=429, name=name, error=f"Too many attempts; try again in {int(wait // 60) + 1} minutes."
         )
         response.headers["Retry-After"] = str(int(wait) + 1)
         return response
-    site.by_name.count(name)  # before the password is looked at, so that many at once are not more than one after the other
-    site.by_address.count(address)
     person = site.store.people.check_password(name, password)
     if person is None:
         return site.page(request, "login", status=403, name=name, error="There is no such name, or this is not its password.")
     site.by_name.forget(name)
+    site.by_address.give_back(address)
     _end(site, request)
     return site.let_in(RedirectResponse("/", 303), person)
 
@@ -65,12 +66,12 @@ def invitation(request: Request, token: str) -> Response:
 @routes.post("/invite/{token}", response_class=HTMLResponse)
 def accept(request: Request, token: str, name: Name = "", password: Password = "") -> Response:
     site, address = Site.of(request), _address(request)
-    if site.by_address.wait(address):
+    if site.by_address.take(address):
         return site.page(request, "message", status=429, title="Too many attempts", text="Try again in a quarter of an hour.")
     role = site.store.people.invited(token)
     if role is None:
-        site.by_address.count(address)
         return _ended(site, request)
+    site.by_address.give_back(address)
     try:
         person = site.store.people.accept(token, name, password)
     except UserError as error:

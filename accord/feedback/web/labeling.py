@@ -59,6 +59,7 @@ class Draft(BaseModel):
     note: Annotated[str, Field(max_length=10_000)] = ""
     seconds: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     at: Annotated[float, Field(ge=0, le=1e15)] = 0.0
+    answers: Annotated[int, Field(ge=0, le=10**9)] = 0
 
 
 @routes.get("/", response_class=RedirectResponse)
@@ -96,8 +97,7 @@ def item(request: Request, session: Anyone, number: int) -> dict[str, Any]:
 @routes.put("/api/items/{number}/draft")
 def draft(request: Request, session: Anyone, number: int, given: Draft) -> dict[str, Any]:
     """Keep what is not submitted yet."""
-    Site.of(request).store.save_draft(session.person, number, given.model_dump())
-    return {"kept": True}
+    return {"kept": Site.of(request).store.save_draft(session.person, number, given.model_dump())}
 
 
 @routes.post("/api/items/{number}/label")
@@ -125,9 +125,13 @@ def history(request: Request, session: Anyone) -> dict[str, Any]:
 
 
 def work(store: Store, person: Person) -> dict[str, int]:
-    """How much they have done, today by this machine's clock, and how much is left."""
+    """How much they have done, today by this machine's clock, and about how much is left: exactly told, it would say which items were known before."""
     midnight = datetime.datetime.fromtimestamp(store.database.clock()).replace(hour=0, minute=0, second=0, microsecond=0)
-    return store.work_of(person, midnight.timestamp())
+    found = store.work_of(person, midnight.timestamp())
+    return found | {"left": found["left"] if found["left"] <= ABOUT else -(-found["left"] // ABOUT) * ABOUT}
+
+
+ABOUT = 10
 
 
 def by_place(values: Any, order: tuple[int, ...]) -> list[Any]:
@@ -154,4 +158,5 @@ def shown(given: Assignment) -> dict[str, Any]:
         "completions": [{"text": text, "html": markdown(text)} for text in by_place(given.completions, given.order)],
         "draft": given.draft,
         "label": told(given),
+        "answers": given.answers,
     }

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from accord.disk import append_lines, read_lines, repair_lines, write_lines
 from accord.errors import UserError
 from accord.feedback.agreement import agreement
@@ -86,26 +88,33 @@ class Retraining:
         command = [sys.executable, "-m", "accord", "reward", "--model", self._model, "--out", str(here / "reward"), *self._options]
         command += ["--completions", str(here / "completions.jsonl"), "--rankings", str(here / "rankings.jsonl")]
         try:
-            with (here / "printed.txt").open("w", encoding="utf-8") as printed:
-                self._process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-                code = self._process.wait()
-            if self._stopped.is_set():
-                return
-            if code == 0:
-                report = json.loads((here / "reward/report.json").read_text(encoding="utf-8"))
-                about |= {"accuracy": report["accuracy"], "error": None}
-            else:
-                lines = (here / "printed.txt").read_text(encoding="utf-8").strip().splitlines()
-                about |= {"accuracy": None, "error": lines[-1] if lines else f"accord reward ended with code {code}"}
-            append_lines(self._folder / "history.jsonl", [about])
+            self._run(here, about, command)
+        except Exception as error:
+            append_lines(self._folder / "history.jsonl", [about | {"accuracy": None, "error": f"{type(error).__name__}: {error}"}])
         finally:
             self._running = False
 
+    def _run(self, here: Path, about: dict[str, Any], command: list[str]) -> None:
+        with (here / "printed.txt").open("w", encoding="utf-8") as printed:
+            self._process = subprocess.Popen(
+                command, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )  # Ctrl-C is for the server
+            code = self._process.wait()
+        if self._stopped.is_set():
+            return
+        if code == 0:
+            report = json.loads((here / "reward/report.json").read_text(encoding="utf-8"))
+            about |= {"accuracy": report["accuracy"], "error": None}
+        else:
+            lines = (here / "printed.txt").read_text(encoding="utf-8").strip().splitlines()
+            about |= {"accuracy": None, "error": lines[-1] if lines else f"accord reward ended with code {code}"}
+        append_lines(self._folder / "history.jsonl", [about])
+
     def _watch(self) -> None:
         while not self._stopped.wait(LOOK):
-            last = max((row["rankings"] for row in self.history()), default=0)
-            if not self._running and self._store.progress()["rankings"] >= last + self._every:
-                with suppress(UserError):  # a full disk: the next time
+            with suppress(UserError, SQLAlchemyError):  # a full disk, a database that starts anew: the next time
+                last = max((row["rankings"] for row in self.history()), default=0)
+                if not self._running and self._store.progress()["rankings"] >= last + self._every:
                     self.start()
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -40,23 +41,32 @@ class Limiter:
     def __init__(self, most: int, seconds: float, names: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
         self._most, self._seconds, self._names, self._clock = most, seconds, names, clock
         self._seen: OrderedDict[str, deque[float]] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def wait(self, name: str) -> float:
-        """Seconds until the next one is allowed; 0: now."""
-        times, now = self._seen.get(name), self._clock()
-        while times and times[0] <= now - self._seconds:
-            times.popleft()
-        return times[0] + self._seconds - now if times and len(times) >= self._most else 0.0
+    def take(self, name: str) -> float:
+        """Count one, if it is allowed: 0. If not: the seconds until one is."""
+        with self._lock:
+            times, now = self._seen.setdefault(name, deque()), self._clock()
+            self._seen.move_to_end(name)
+            if len(self._seen) > self._names:
+                self._seen.popitem(last=False)
+            while times and times[0] <= now - self._seconds:
+                times.popleft()
+            if len(times) >= self._most:
+                return times[0] + self._seconds - now
+            times.append(now)
+            return 0.0
 
-    def count(self, name: str) -> None:
-        """One has happened."""
-        self._seen.setdefault(name, deque(maxlen=self._most)).append(self._clock())
-        self._seen.move_to_end(name)
-        if len(self._seen) > self._names:
-            self._seen.popitem(last=False)
+    def give_back(self, name: str) -> None:
+        """The last one does not count after all."""
+        with self._lock:
+            if times := self._seen.get(name):
+                times.pop()
 
     def forget(self, name: str) -> None:
-        self._seen.pop(name, None)
+        """None of them counts."""
+        with self._lock:
+            self._seen.pop(name, None)
 
 
 class Guard:
@@ -72,7 +82,13 @@ class Guard:
     def __init__(
         self, app: App, hosts: Iterable[str] = (), uploads: Iterable[str] = (), limit: Limiter | None = None, https: bool = False
     ) -> None:
-        self._app, self._hosts, self._uploads, self._limit, self._https = app, frozenset(hosts), frozenset(uploads), limit, https
+        self._app, self._hosts, self._uploads, self._limit, self._https = (
+            app,
+            frozenset(host.lower() for host in hosts),
+            frozenset(uploads),
+            limit,
+            https,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,18 +122,24 @@ class Guard:
             return _no(421, f"This server does not go by the name '{_name(host)[:80]}'.")
         if scope["method"] not in SAFE:
             origin = headers.get("origin") or headers.get("referer", "")
-            if urlsplit(origin).netloc != host or not host:
+            if _netloc(origin) != host or not host:
                 return _no(403, "This request does not come from one of this server's own pages.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
             return _no(413, f"A request may have {most // 2**20} MiB.")
         if self._limit is not None and not scope["path"].startswith("/static/"):
             who = (scope["client"] or ("",))[0]
-            wait = self._limit.wait(who)
+            wait = self._limit.take(who)
             if wait:
                 return _no(429, "Too many requests; wait a moment.", {"Retry-After": str(int(wait) + 1)})
-            self._limit.count(who)
         return None
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # half a bracket
+        return ""
 
 
 def _name(host: str) -> str:

@@ -21,7 +21,7 @@ from accord.feedback.web.site import WebSettings
 
 
 def is_loopback(host: str) -> bool:
-    return host in (*LOOPBACK, "::1") or host.startswith("127.")
+    return host in (*LOOPBACK, "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -37,8 +37,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{host}:{port} cannot be listened at: {error.strerror or error}. Give another --port or --host.") from None
 
 
-def address(listening: socket.socket) -> str:
-    """The address to give a browser."""
+def address(listening: socket.socket, settings: WebSettings | None = None) -> str:
+    """The address to give a browser: behind a proxy with TLS the first of the names that it goes by."""
+    if settings is not None and settings.https and settings.hosts:
+        return f"https://{settings.hosts[0]}"
     host, port = listening.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()

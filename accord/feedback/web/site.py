@@ -15,7 +15,9 @@ from accord.feedback.people import IDLE, Person, Session
 from accord.feedback.store import Store
 from accord.feedback.web.security import SAFE, Limiter
 
-COOKIE = "accord_session"
+COOKIE = "accord_session_"
+STORE = "X-Accord-Store"
+"""Header by which a page names the store that it is of: another one may be served at its address by now."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Site:
     def __init__(self, store: Store, settings: WebSettings) -> None:
         self.store, self.settings = store, settings
         self.by_name, self.by_address = Limiter(settings.attempts, 900.0), Limiter(4 * settings.attempts, 900.0)
-        self.cookie = "__Host-" + COOKIE if settings.https else COOKIE  # browsers let nobody else set such a one
+        # Cookies know no ports, and two servers may run on one machine. What begins with __Host- nobody else can set.
+        self.cookie = ("__Host-" if settings.https else "") + COOKIE + store.id[:8]
         self._pages = Environment(
             loader=PackageLoader("accord.feedback.web"), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True,
@@ -55,7 +58,7 @@ class Site:
     def page(self, request: Request, template: str, session: Session | None = None, status: int = 200, **values: Any) -> HTMLResponse:
         text = self._pages.get_template(f"{template}.html.j2").render(
             person=session and session.person, csrf=session.csrf if session else "", alone=self.settings.alone is not None,
-            path=request.url.path, **values,
+            path=request.url.path, store=self.store.id, **values,
         )  # fmt: skip
         return HTMLResponse(text, status)
 
@@ -76,6 +79,8 @@ class LoggedOut(Exception):
 
 async def checked(request: Request) -> Session:
     """Whoever is logged in; of a request that changes something, only if it knows their token."""
+    if request.headers.get(STORE, Site.of(request).store.id) != Site.of(request).store.id:
+        raise HTTPException(409, "This page is of another store; load it again.")
     session = await run_in_threadpool(Site.of(request).session, request)
     if session is None:
         if request.url.path.startswith("/api/"):

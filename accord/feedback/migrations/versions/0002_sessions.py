@@ -1,4 +1,4 @@
-"""Invitations, sessions, and the settings of the queue."""
+"""Invitations, sessions, what a store knows of itself, and how often an item was answered."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -23,10 +23,16 @@ def upgrade() -> None:
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("used", sa.Float, nullable=False),
     )
-    op.create_table("queue", sa.Column("name", sa.String(40), primary_key=True), sa.Column("value", sa.Float, nullable=False))
+    op.create_table("about", sa.Column("name", sa.String(40), primary_key=True), sa.Column("value", sa.JSON, nullable=False))
+    op.add_column("assignments", sa.Column("answered", sa.Float))
+    op.add_column("assignments", sa.Column("answers", sa.Integer, nullable=False, server_default="0"))
+    op.execute("UPDATE assignments SET answered = closed, answers = 1 WHERE closed IS NOT NULL")
 
 
 def downgrade() -> None:
-    op.drop_table("queue")
+    with op.batch_alter_table("assignments") as assignments:
+        assignments.drop_column("answers")
+        assignments.drop_column("answered")
+    op.drop_table("about")
     op.drop_table("sessions")
     op.drop_table("invitations")

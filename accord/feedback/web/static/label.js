@@ -4,12 +4,13 @@
 
 const $ = (id) => document.getElementById(id);
 const meta = (name) => document.querySelector(`meta[name=${name}]`).content;
-const ME = meta("person");
-const OUTBOX = `accord.outbox.${ME}`;
+const ME = `${meta("store")}.${meta("person")}`; // another store may be served here tomorrow, with items of the same numbers
+const OUTBOX = `accord.outbox.${ME}.`; // and the request's name: tabs share it, and none undoes what another does
 const draftKey = (id) => `accord.draft.${ME}.${id}`;
 const LETTERS = "ABCDEFGHI";
 const IDLE = 60_000; // milliseconds without a key or a click after which time on the item stands still
 const DRAFT = 500; // milliseconds after a change until the server has the draft too
+const PATIENCE = 20_000; // milliseconds that a request may take
 
 let item = null; // what is shown
 let state = null; // {ranks, ratings, flags, note}: what is said of it, by place
@@ -20,7 +21,7 @@ let expects = ""; // "rating" or "flag": what the next digit means
 let plain = false;
 let seconds = 0, ticked = Date.now(), touched = Date.now();
 let last = null; // the item that was answered last: undo goes back to it
-let sending = false, late = false, wait = 1000, retry = null, draftTimer = null, drafting = null;
+let sending = false, late = false, wait = 1000, retry = null, draftTimer = null, drafting = Promise.resolve(), chosen = false;
 
 // What the browser keeps.
 
@@ -32,6 +33,7 @@ function stored(key, otherwise) {
   }
 }
 const keep = (key, value) => localStorage.setItem(key, JSON.stringify(value));
+const outbox = () => Object.keys(localStorage).filter((key) => key.startsWith(OUTBOX)).map((key) => ({ key, ...stored(key, {}) })).sort((a, b) => a.at - b.at);
 
 // The server. A refusal has its status; no connection has none.
 
@@ -43,11 +45,12 @@ class Refused extends Error {
 }
 
 async function ask(method, path, body, more = {}) {
-  const headers = { "X-CSRF-Token": meta("csrf") };
+  const headers = { "X-CSRF-Token": meta("csrf"), "X-Accord-Store": meta("store") };
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...more });
-  const answer = await response.json().catch(() => ({ error: "The server's answer cannot be read." }));
-  if (!response.ok) throw new Refused(response.status, answer.error ?? response.statusText);
+  const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal: AbortSignal.timeout(PATIENCE), ...more });
+  const answer = await response.json().catch(() => null); // what a proxy says is no JSON, or not ours
+  if (!response.ok) throw new Refused(response.status, answer?.error ?? response.statusText);
+  if (answer === null || typeof answer !== "object") throw new Error("This is not the server's answer.");
   return answer;
 }
 
@@ -77,22 +80,22 @@ async function send() {
   sending = true;
   clearTimeout(retry);
   try {
-    for (let waiting = stored(OUTBOX, []); waiting.length; waiting = stored(OUTBOX, [])) {
-      const { id, body } = waiting[0];
+    for (let waiting = outbox(); waiting.length; waiting = outbox()) {
+      const { key, id, body } = waiting[0];
       await drafting; // a draft must not arrive after its answer
       let answer;
       try {
         answer = await ask("POST", `/api/items/${id}/label`, body);
+        if (!("new" in answer)) throw new Error("This is not the server's answer.");
       } catch (error) {
         if (passing(error)) throw error;
-        if (error.status === 401 || error.status === 403) throw error;
+        if ([401, 403, 409].includes(error.status)) throw error;
         banner(`An answer was refused: ${error.message}`);
-        if (body.ranks) keep(draftKey(id), { ...body, at: Date.now() }); // so that it is there when the item is opened again
         answer = {};
       }
-      keep(OUTBOX, stored(OUTBOX, []).filter((entry) => entry.body.request !== body.request));
+      localStorage.removeItem(key);
       counts(answer.work);
-      if (answer.gold) await calibrate(answer.gold, body.ranks);
+      if (answer.gold) await calibrate(answer.gold, body.ranks ?? []);
     }
     wait = 1000;
     if (late) banner("");
@@ -107,13 +110,14 @@ async function send() {
 
 function failed(error) {
   if (passing(error)) return offline(error instanceof Refused ? error.message : "No connection.");
-  if (![401, 403].includes(error.status) || Date.now() - stored("accord.reloaded", 0) < 60_000) return banner(error.message);
-  keep("accord.reloaded", Date.now()); // logged out, or in again elsewhere: the page brings to the login, or a new token
+  if (![401, 403, 409].includes(error.status)) return banner(error.message);
+  if (Date.now() - stored("accord.reloaded", 0) < 60_000) return offline(error.message);
+  keep("accord.reloaded", Date.now()); // logged out, in again elsewhere, another store: the page brings to the login, or is a new one
   location.reload();
 }
 
 function offline(why) {
-  const waiting = stored(OUTBOX, []).length;
+  const waiting = outbox().length;
   late = true;
   banner(`${why} ${waiting ? `${waiting} ${waiting === 1 ? "answer is" : "answers are"} kept in this browser and sent` : "It goes on"} as soon as that works.`);
   clearTimeout(retry);
@@ -144,14 +148,15 @@ function blank(count) {
   return { ranks: each(null), ratings: each(null), flags: each([]), note: "" };
 }
 
-function show(given) {
+function show(answer) {
+  const given = answer ?? null;
   item = given;
   $("work").hidden = !given;
   $("empty").hidden = Boolean(given);
   if (!given) return say("Nothing waits for you.");
   const count = given.completions.length;
   const said = given.label && !given.label.reason ? given.label : {};
-  const drafts = [given.draft, stored(draftKey(given.id), null)].filter(Boolean).sort((a, b) => b.at - a.at);
+  const drafts = [given.draft, stored(draftKey(given.id), null)].filter((d) => d && d.answers === given.answers).sort((a, b) => b.at - a.at);
   const source = drafts[0] ?? said;
   const usable = (values) => Array.isArray(values) && values.length === count;
   state = blank(count);
@@ -282,12 +287,14 @@ function changed() {
   draw();
 }
 
-const draft = () => ({ ...state, seconds, at: Date.now() });
+const draft = () => ({ ...state, seconds, at: Date.now(), answers: item.answers });
 
 function saveDraft(more = {}) {
   clearTimeout(draftTimer);
   draftTimer = null;
-  if (item) drafting = ask("PUT", `/api/items/${item.id}/draft`, draft(), more).catch(() => {}); // this browser has it, and the next change tries again
+  if (!item) return;
+  const { id } = item, body = draft();
+  drafting = drafting.then(() => ask("PUT", `/api/items/${id}/draft`, body, more)).catch(() => {}); // this browser has it, and the next change tries again
 }
 
 function setRank(place, rank) {
@@ -335,7 +342,7 @@ function redo() {
 function swap(from, to) {
   const then = from.pop();
   to.push({ state, at: then.at });
-  state = then.state;
+  state = { ...then.state, note: state.note }; // what was written there has its own undo
   changed();
   go(then.at);
   $("completions").children[at].focus();
@@ -350,7 +357,9 @@ function tick() {
 }
 setInterval(tick, 1000);
 document.addEventListener("visibilitychange", () => { ticked = Date.now(); });
-addEventListener("pagehide", () => { if (draftTimer) saveDraft({ keepalive: true }); });
+addEventListener("pagehide", () => {
+  if (draftTimer && item) ask("PUT", `/api/items/${item.id}/draft`, draft(), { keepalive: true, signal: undefined }).catch(() => {});
+});
 
 // Done with it.
 
@@ -358,7 +367,8 @@ function leave(body) {
   tick();
   clearTimeout(draftTimer);
   draftTimer = null;
-  keep(OUTBOX, [...stored(OUTBOX, []), { id: item.id, body: { request: newName(), seconds, ...body } }]);
+  const request = newName();
+  keep(OUTBOX + request, { id: item.id, at: Date.now(), body: { request, seconds, ...body } });
   localStorage.removeItem(draftKey(item.id));
   last = item.id;
   item = null;
@@ -389,10 +399,11 @@ async function earlier() {
     const { items } = await ask("GET", "/api/history");
     const list = items.map(({ id, prompt, label }) => {
       const made = element("button", {}, element("b", { textContent: label?.reason ? `skipped: ${label.reason}` : (label?.ranks ?? []).map((r, p) => `${LETTERS[p]} ${r}`).join(", ") }), element("br"), prompt);
-      made.onclick = () => ($("earlier-dialog").close(), open(id));
+      made.onclick = () => ((chosen = true), $("earlier-dialog").close(), open(id));
       return made;
     });
     $("earlier-list").replaceChildren(...(list.length ? list : [element("p", { textContent: "You have answered nothing yet." })]));
+    chosen = false;
     $("earlier-dialog").showModal();
   } catch (error) {
     failed(error);
@@ -495,7 +506,7 @@ for (const [id, act] of [["submit", submit], ["skip", KEYS.s], ["undo", undo], [
 for (const button of document.querySelectorAll("dialog .close")) button.onclick = () => button.closest("dialog").close();
 for (const button of $("skip-dialog").querySelectorAll(".choices button")) button.onclick = () => skip(button.value);
 $("skip-form").onsubmit = (event) => (event.preventDefault(), skip($("skip-words").value), ($("skip-words").value = ""));
-$("earlier-dialog").onclose = () => { if (item && item.state !== "open" && item.state !== "late" && !past.length) next().catch(failed); };
+$("earlier-dialog").onclose = () => { if (!chosen && item && !["open", "late"].includes(item.state)) next().catch(failed); };
 $("note").oninput = () => { state.note = $("note").value; changed(); };
 $("again").onclick = () => next().catch(failed);
 addEventListener("online", () => { wait = 1000; send(); });
