@@ -200,6 +200,9 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         help="completions to rank, from accord sample, or .jsonl, .parquet, .csv, hf:ORG/NAME with id, prompt, completion; repeat for more",
     )  # fmt: skip
     label.add_argument("--gold", metavar="FILE", help="rankings of some of --completions that are known to be right; mixed in unseen")
+    label.add_argument(
+        "--rankings", metavar="FILE", help="rankings that people gave elsewhere, such as an export's; kept under their names"
+    )
     label.add_argument("--calibration", metavar="FILE", help="the same; everybody begins with these, and sees the known ranks after each")
     label.add_argument("--criterion", metavar="FILE", help="Markdown that tells labelers how to rank [the store's; at first accord's own]")
     label.add_argument(
@@ -473,6 +476,10 @@ def do_label(arguments: argparse.Namespace) -> None:
         set_criterion(store, arguments.criterion)
         for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):
             console.print(line, soft_wrap=True, markup=False)
+        if arguments.rankings:
+            from accord.data.sources import read_rankings
+
+            console.print(f"{store.add_rankings(read_rankings(arguments.rankings))} rankings are new.")
         if arguments.priority:
             from accord.feedback.priority import uncertainty
             from accord.reward.model import RewardModel

@@ -15,7 +15,7 @@ pytest.importorskip("sqlalchemy")
 from conftest import BINARIES
 from sqlalchemy import select, text
 
-from accord.data.records import Completion, Prompt
+from accord.data.records import Completion, Prompt, Ranking
 from accord.errors import UserError
 from accord.feedback import statements
 from accord.feedback.schema import assignments, metadata
@@ -625,3 +625,28 @@ def test_a_first_store_is_migrated(tmp_path):
     (given,) = store.history(store.people.get("Ann"))
     assert given.answers == 1
     store.close()
+
+
+def test_an_export_imported_is_exported_the_same(make, tmp_path):
+    store = make(overlap=2)
+    store.set_criterion("Be good.")
+    store.add_items(completions(5))
+    ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
+    work(store, ann, answer(1, 2, None))
+    store.set_criterion("Be better.")
+    work(store, bob, answer(2, 2, 1), limit=3)
+    rankings = list(store.rankings())
+    copy = Store.open(tmp_path / "copy.db", QueueSettings(overlap=2, gold_share=0, repeat_share=0), Clock())
+    with pytest.raises(UserError, match="import them first"):
+        copy.add_rankings(rankings)
+    copy.add_items(store.completions())
+    assert copy.people.everyone() == []  # all or nothing
+    assert copy.add_rankings(rankings) == 8 and copy.add_rankings(rankings) == 0
+    assert list(copy.rankings()) == rankings and copy.completions() == store.completions() and copy.progress() == store.progress()
+    assert copy.criterion() is None  # versions without their text are in force nowhere
+    with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
+        copy.add_rankings([Ranking("p0", "ann", (3, 2, 1))])
+    with pytest.raises(UserError, match="2 ranks were given for 3"):
+        copy.add_rankings([Ranking("p0", "dee", (2, 1))])
+    assert len(work(copy, copy.people.add("cy", "labeler"))) == 2  # two of five still want one
+    copy.close()

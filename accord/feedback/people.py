@@ -64,6 +64,10 @@ class People:
         with self._db.write() as connection:
             return self._insert(connection, row)
 
+    def add_in(self, connection: Connection, name: str, role: str) -> Person:
+        """:meth:`add`, without a password, within a transaction."""
+        return self._insert(connection, self._row(name, role, None))
+
     def _row(self, name: str, role: str, password: str | None) -> dict[str, Any]:
         _check_role(role)
         check_text(name, "A person's name", 200)

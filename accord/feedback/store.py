@@ -236,6 +236,48 @@ class Store:
             self.database.note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
         return len(fresh)
 
+    def add_rankings(self, rankings: Sequence[Ranking]) -> int:
+        """Import raw rankings under their labelers' names; returns how many are new. Labelers who are not there yet come without a
+        password, and versions of the criterion that are not, without their text.
+
+        Raises:
+            UserError: a ranking is of no real item, does not fit it, or its labeler said something else of it here.
+        """
+        now, new = self.database.clock(), 0
+        with self.database.write() as connection:
+            there = self._there(connection, sorted({r.prompt_id for r in rankings}))
+            known = {row.name: row.id for row in connection.execute(select(people)).all()}
+            versions = set(connection.execute(select(criteria.c.version)).scalars())
+            for r in rankings:
+                item = there.get(r.prompt_id)
+                if item is None or item.kind != "real":
+                    raise UserError(
+                        f"Of '{r.prompt_id}', which '{r.labeler}' ranked, there are no completions to rank here; import them first."
+                    )
+                label = Label(ranks=r.ranks)
+                label.check(len(item.completions))
+                if r.labeler not in known:
+                    known[r.labeler] = self.people.add_in(connection, r.labeler, "labeler").id
+                if r.criterion and r.criterion not in versions:
+                    check_text(r.criterion, "A criterion's version", 80)
+                    connection.execute(insert(criteria).values(version=r.criterion, text="", created=0.0))
+                    versions.add(r.criterion)
+                of = {"of_item": item.id, "of_person": known[r.labeler]}
+                before = connection.execute(statements.FIRST_OF, of).one_or_none()
+                if before is not None:
+                    if before.state != "done" or tuple(before.label["ranks"]) != r.ranks:
+                        raise UserError(f"'{r.labeler}' said something else of '{r.prompt_id}' here; a label is changed on the page.")
+                    continue
+                values = {
+                    "item": item.id, "person": known[r.labeler], "round": FIRST, "state": "done", "lease": now, "opened": now, "closed": now,
+                    "answered": now, "answers": 1, "label": label.to_json(), "criterion": r.criterion or None,
+                }  # fmt: skip
+                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
+                self._take(connection, item.id, FIRST, +1)
+                self.database.note(connection, "imported", known[r.labeler], key, after=label.to_json())
+                new += 1
+        return new
+
     def set_priority(self, priority: Mapping[str, float]) -> None:
         """Ask first for the items, by prompt id, of the highest priority; others stay where they are."""
         with self.database.write() as connection:
