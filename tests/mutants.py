@@ -137,7 +137,7 @@ MUTANTS = [
     ("feedback/store", "yield from (r for r in self.rankings() if r.prompt_id not in decided)", "yield from self.rankings()", "a reviewer's decision is one voice among others", "test_store.py", "decision"),
     ("feedback/web/labeling", "place = {index: place for place, index in enumerate(order)}", "place = {place: index for place, index in enumerate(order)}", "ranks of the wrong completions", "test_web.py", "as_they_were_imported"),
     ("feedback/web/site", "if told != session.csrf:", "if told is None:", "any token will do", "test_web.py", "own_pages"),
-    ("feedback/web/security", "if urlsplit(origin).netloc != host or not host:", "if not host:", "another page's form is taken", "test_web.py", "own_pages"),
+    ("feedback/web/security", "if _netloc(origin) != host or not host:", "if not host:", "another page's form is taken", "test_web.py", "own_pages"),
     ("feedback/web/security", "if had > most:", "if had > 10 * most:", "a body without a length may be of any", "test_web.py", "too_large"),
     ("feedback/web/doors", "wait = site.by_name.take(name) or site.by_address.take(address)", "wait = site.by_address.take(address)", "a name's password may be guessed as often as an address may ask", "test_web.py", "guessing"),
     ("feedback/people", "invitations.c.taken_by.is_(None), ", "", "an invitation is for everybody", "test_web.py", "invitation"),

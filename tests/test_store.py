@@ -518,7 +518,7 @@ def test_uncertain_prompts_come_first(make, tiny):
             return torch.tensor([self.scores[t] for t in texts])
 
     given = {k: [Completion(Prompt(k, k), f"{k}{j}", True, j) for j in range(2)] for k in ("sure", "undecided", "contrary")}
-    one = Fixed({"sure0": 3.0, "sure1": 0.0, "undecided0": 0.1, "undecided1": 0.0, "contrary0": 3.0, "contrary1": 0.0})
+    one = Fixed({"sure0": 4.0, "sure1": 1.0, "undecided0": 0.1, "undecided1": 0.0, "contrary0": 3.0, "contrary1": 0.0})
     two = Fixed({**one.scores, "contrary0": -3.0})
     h = lambda p: -p * math.log2(p) - (1 - p) * math.log2(1 - p)
     sigma = lambda d: 1 / (1 + math.exp(-d))

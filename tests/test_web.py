@@ -602,3 +602,25 @@ def test_a_reward_model_from_the_labels_so_far(serve, tmp_path, tiny_folder):
     while trained[0].running:
         served.client().get("/login")
     assert trained[0].history()[1]["error"].startswith("accord: ") and "no-such-model" in owner.get("/overview").text
+
+
+def test_of_the_links_that_a_start_prints_the_last_one_counts(serve):
+    people = serve().store.people
+    first, last, invited = people.invite("owner"), people.invite("owner"), people.invite("owner", people.get("some owner"))
+    assert people.invited(first) is None and people.invited(last) == "owner" and people.invited(invited) == "owner"
+
+
+def test_an_upload_error_names_the_file_of_the_browser(serve):
+    served = serve()
+    response = upload(served.client("some owner"), "mine.csv", "id,prompt\n1,2\n")
+    assert response.status_code == 400 and "mine.csv:2 has no text field" in response.text and "/tmp" not in response.text
+
+
+def test_a_skip_keeps_what_was_said_besides(serve):
+    served = serve()
+    client = served.client("some labeler")
+    item = client.post("/api/next").json()["item"]
+    said = {"reason": "broken", "ratings": [1, None, 7], "flags": [[], ["leaks"], []], "note": "see"}
+    client.post(f"/api/items/{item['id']}/label", json={"request": "request-1", **said}).raise_for_status()
+    assert client.get(f"/api/items/{item['id']}").json()["item"]["label"] == {"ranks": [], **said}
+    assert served.store.progress()["skipped"] == 1 and list(served.store.rankings()) == []

@@ -136,7 +136,8 @@ class People:
     # Invitations.
 
     def invite(self, role: str, by: Person | None = None) -> str:
-        """The token of a link by which one person may choose a name and a password, once, within a week.
+        """The token of a link by which one person may choose a name and a password, once, within a week. By nobody in particular it
+        takes the place of those for this role that are open.
 
         Raises:
             UserError: there is no such role.
@@ -144,6 +145,8 @@ class People:
         _check_role(role)
         token, now = secrets.token_urlsafe(24), self._db.clock()
         with self._db.write() as connection:
+            if by is None:  # printed where the server starts: the last one that was printed counts
+                connection.execute(delete(invitations).where(invitations.c.role == role, invitations.c.taken_by.is_(None)))
             connection.execute(insert(invitations).values(token=_digest(token), role=role, created=now, expires=now + INVITED))
             self._db.note(connection, "invited", by.id if by is not None else None, after={"role": role})
         return token

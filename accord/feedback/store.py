@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from accord.data.records import Completion, Prompt, Ranking
-from accord.errors import UserError, did_you_mean
+from accord.errors import UserError, did_you_mean, first_line
 from accord.feedback import statements
 from accord.feedback.database import Database, check_text
 from accord.feedback.people import People, Person
@@ -123,10 +124,13 @@ class Store:
             UserError: it cannot be opened.
         """
         store = cls(Database.open(url, clock), settings or QueueSettings.model_validate({}))
-        if settings is not None:
-            store.set_queue(settings)
-        else:
-            store.reload()
+        try:
+            if settings is not None:
+                store.set_queue(settings)
+            else:
+                store.reload()
+        except SQLAlchemyError as error:
+            raise UserError(f"The label store {store.database.url} cannot be read: {first_line(error)}") from None
         return store
 
     def reload(self) -> None:

@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response, Streamin
 from accord.data.charts import line_chart
 from accord.data.pairs import group_pairs
 from accord.data.sources import read_completions
+from accord.errors import UserError
 from accord.feedback.export import group_rows, pair_rows, unpaired_rows
 from accord.feedback.overview import SAYS, Overview, overview
 from accord.feedback.people import ROLES
@@ -174,6 +175,9 @@ def bring_in(request: Request, session: Owner, file: UploadFile) -> Response:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"uploaded{suffix}"
         path.write_bytes(file.file.read())
-        given = read_completions(path, with_tokens=False)
+        try:
+            given = read_completions(path, with_tokens=False)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), file.filename or "the file")) from None
     new = Site.of(request).store.add_items(given)
     return _overview(request, session, done=f"{len(given)} prompts to rank, {new} of them new.")

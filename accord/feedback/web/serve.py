@@ -33,8 +33,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be listened at: {error.strerror or error}. Give another --port or --host.") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"{host}:{port} cannot be listened at: {getattr(error, 'strerror', None) or error}. Give another --port or --host."
+        ) from None
 
 
 def address(listening: socket.socket, settings: WebSettings | None = None) -> str:

@@ -21,7 +21,7 @@ let expects = ""; // "rating" or "flag": what the next digit means
 let plain = false;
 let seconds = 0, ticked = Date.now(), touched = Date.now();
 let last = null; // the item that was answered last: undo goes back to it
-let sending = false, late = false, wait = 1000, retry = null, draftTimer = null, drafting = Promise.resolve(), chosen = false;
+let sending = false, late = false, hinted = false, wait = 1000, retry = null, draftTimer = null, drafting = Promise.resolve(), chosen = false;
 
 // What the browser keeps.
 
@@ -63,6 +63,17 @@ function banner(text, good = false) {
 }
 
 const say = (text) => { $("live").textContent = text; };
+
+function hint(text) { // until the next key or click
+  banner(text);
+  hinted = true;
+}
+
+function heard() {
+  touched = Date.now();
+  if (hinted) banner("");
+  hinted = false;
+}
 
 function counts(work) {
   if (work) $("counts").textContent = `${work.today} today · ${work.done} in all · ${work.left} left`;
@@ -155,7 +166,7 @@ function show(answer) {
   $("empty").hidden = Boolean(given);
   if (!given) return say("Nothing waits for you.");
   const count = given.completions.length;
-  const said = given.label && !given.label.reason ? given.label : {};
+  const said = given.label ?? {};
   const drafts = [given.draft, stored(draftKey(given.id), null)].filter((d) => d && d.answers === given.answers).sort((a, b) => b.at - a.at);
   const source = drafts[0] ?? said;
   const usable = (values) => Array.isArray(values) && values.length === count;
@@ -164,7 +175,9 @@ function show(answer) {
   state.note = source.note ?? "";
   seconds = drafts[0]?.seconds ?? 0;
   ticked = touched = Date.now();
-  past = [], future = [], at = 0, before = Math.min(1, count - 1), expects = "";
+  past = [], future = [], expects = "";
+  at = Math.max(0, state.ranks.indexOf(null)); // where a draft was left
+  before = at > 0 ? at - 1 : Math.min(1, count - 1);
   const edits = given.state === "done" || given.state === "skipped";
   $("mode").hidden = !(given.calibration || edits);
   $("mode").textContent = edits
@@ -175,7 +188,7 @@ function show(answer) {
   $("board").replaceChildren(...lanes(count));
   draw();
   scrollTo(0, 0);
-  $("completions").children[0].focus({ preventScroll: true });
+  $("completions").children[at].focus({ preventScroll: true });
   say(`New item with ${count} answers.`);
 }
 
@@ -377,13 +390,13 @@ function leave(body) {
 }
 
 function submit() {
-  if (!complete()) return say("Some answers have no rank yet.");
+  if (!complete()) return hint("Some answers have no rank yet.");
   leave({ ranks: state.ranks, ratings: state.ratings, flags: state.flags, note: state.note });
 }
 
 function skip(reason) {
   $("skip-dialog").close();
-  if (reason.trim()) leave({ reason: reason.trim(), note: state.note });
+  if (reason.trim()) leave({ reason: reason.trim(), ratings: state.ratings, flags: state.flags, note: state.note });
 }
 
 function calibrate(gold, mine) {
@@ -455,7 +468,7 @@ const KEYS = {
   f: () => ranked("F"), arrowdown: () => move(1), arrowright: () => move(1), j: () => move(1), arrowup: () => move(-1), arrowleft: () => move(-1), k: () => move(-1),
   backspace: () => setRank(at, null), delete: () => setRank(at, null), enter: submit, s: () => $("skip-dialog").showModal(), z: undo, y: redo, e: earlier, d: differ,
   n: () => $("note").focus(), m: togglePlain, i: () => { location.href = "/instructions"; }, "?": () => $("help-dialog").showModal(),
-  r: () => { expects = "rating"; say("Rating: a digit from 1 to 7."); }, x: () => { expects = "flag"; say("Flag: its number."); }, escape: () => { expects = ""; },
+  r: () => { expects = "rating"; hint("Rating: a digit from 1 to 7."); }, x: () => { expects = "flag"; hint("Flag: its number, from 1 to 5, as they stand under the answer."); }, escape: () => { expects = ""; },
 };
 
 function digit(value) {
@@ -467,11 +480,11 @@ function digit(value) {
     const names = [...$("flags").content.children].map((button) => button.dataset.flag);
     if (value <= names.length) flag(at, names[value - 1]);
   } else if (value <= state.ranks.length) ranked(value);
-  else say(`There are ${state.ranks.length} answers; ranks go from 1 to ${state.ranks.length}.`);
+  else hint(`There are ${state.ranks.length} answers; ranks go from 1 to ${state.ranks.length}.`);
 }
 
 document.addEventListener("keydown", (event) => {
-  touched = Date.now();
+  heard();
   const dialog = document.querySelector("dialog[open]");
   if (dialog) {
     if (dialog.id === "skip-dialog" && !event.target.matches("input") && /^[1-9]$/.test(event.key)) {
@@ -500,7 +513,7 @@ document.addEventListener("keydown", (event) => {
   if (/^[1-9]$/.test(event.key)) event.preventDefault(), digit(Number(event.key));
   else if (Object.hasOwn(KEYS, key)) event.preventDefault(), KEYS[key]();
 });
-document.addEventListener("pointerdown", () => { touched = Date.now(); });
+document.addEventListener("pointerdown", heard);
 
 for (const [id, act] of [["submit", submit], ["skip", KEYS.s], ["undo", undo], ["redo", redo], ["differ", differ], ["earlier", earlier], ["plain", togglePlain], ["help", KEYS["?"]]]) $(id).onclick = act;
 for (const button of document.querySelectorAll("dialog .close")) button.onclick = () => button.closest("dialog").close();
