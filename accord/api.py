@@ -17,7 +17,7 @@ from accord.data.pairs import group_pairs, scored_by_rank
 from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
 from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
 from accord.disk import append_lines, repair_lines, write_lines
-from accord.errors import UserError
+from accord.errors import UserError, needs
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
@@ -116,10 +116,8 @@ def label(completions: Mapping[str, Sequence[Completion]], store: str | Path = "
         UserError: the page cannot be served, or ``accord[label]`` is not installed.
     """
     wanted = build(FeedbackSettings, {**settings, "labelers": "web"}, "label")
-    try:
+    with needs("label"):
         from accord.feedback.web.collect import collect
-    except ModuleNotFoundError as error:
-        raise UserError(f"'{error.name}' is not installed; run: pip install 'accord[label]'") from None
     rankings = collect(str(store), completions, wanted)
     ranked = {r.prompt_id for r in rankings}
     return RankedCompletions({key: list(group) for key, group in completions.items() if key in ranked}, rankings)

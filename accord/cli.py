@@ -27,7 +27,7 @@ from accord.config import (
 )
 from accord.data.records import Completion, Ranking
 from accord.disk import read_text, write_whole
-from accord.errors import Interrupted, UserError, did_you_mean
+from accord.errors import Interrupted, UserError, did_you_mean, needs
 from accord.feedback.settings import QueueSettings
 from accord.progress import console, orderly_stop
 
@@ -95,15 +95,6 @@ def opened(url: str, make: bool = False) -> Iterator[Store]:
         yield store
     finally:
         store.close()
-
-
-@contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Imports that an extra brings."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(f"'{error.name}' is not installed; run: pip install 'accord[{extra}]'") from None
 
 
 def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -467,7 +458,7 @@ def do_label(arguments: argparse.Namespace) -> None:
     with needs("label"):
         from accord.feedback.intake import begin_with, set_criterion
         from accord.feedback.web.retraining import Retraining
-        from accord.feedback.web.serve import address, first_owner, listen, serve, web_settings
+        from accord.feedback.web.serve import announce, listen, serve, web_settings
 
     listening = listen(arguments.host, arguments.port)
     with opened(arguments.store, make=True) as store:
@@ -485,10 +476,7 @@ def do_label(arguments: argparse.Namespace) -> None:
             from accord.reward.model import RewardModel
 
             store.set_priority(uncertainty(store.completions(), [RewardModel.load(folder) for folder in arguments.priority]))
-        at = address(listening, web)
-        if arguments.accounts and (link := first_owner(store, at)):
-            console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
-        console.print(f"Rank at {at}   (Ctrl-C ends it; labels are in {store.database.url})", soft_wrap=True, markup=False)
+        announce(store, web, listening, f"Ctrl-C ends it; labels are in {store.database.url}")
         folder = arguments.rewards or Path("labels.rewards" if "://" in arguments.store else f"{arguments.store}.rewards")
         serve(store, web, listening, Retraining(store, folder, arguments.model, every=arguments.retrain_every))
 

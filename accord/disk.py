@@ -35,20 +35,25 @@ def write_whole(path: Path, text: str) -> None:
     """
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        try:
-            with aside.open("w", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(aside, path)
-            flush(path.parent)
-        except OSError:
-            _forget(aside)
-            raise
+        with _aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     patiently(path.parent, write)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yields the name of a new file that takes ``path``'s place, flushed to the disk, or is deleted if anything fails."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    except BaseException:
+        _forget(aside)
+        raise
 
 
 @contextmanager
@@ -58,18 +63,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it could not be written; what was there is still there.
     """
-    aside = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        flush(aside)
-        os.replace(aside, path)
-        flush(path.parent)
-    except BaseException as error:
-        _forget(aside)
-        if isinstance(error, OSError):
-            raise disk_error(path.parent, error) from None
-        raise
+        with _aside(path) as aside:
+            yield aside
+    except OSError as error:
+        raise disk_error(path.parent, error) from None
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,7 +85,12 @@ class Ranking:
         return [math.inf if rank is None else float(rank) for rank in self.ranks]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "ranks": ["F" if r is None else r for r in self.ranks]}
+        return {**asdict(self), "ranks": as_written(self.ranks)}
+
+
+def as_written(ranks: Iterable[int | None]) -> list[int | str]:
+    """Ranks as files and pages have them: ``"F"`` for None."""
+    return ["F" if rank is None else rank for rank in ranks]
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +83,11 @@ def restore(path: Path, store: Store) -> dict[str, int]:
 
 def _fill(connection: Connection, table: Table, archive: zipfile.ZipFile, told: dict[str, Any], path: Path) -> None:
     digest, count = hashlib.sha256(), 0
-
-    def rows() -> Iterator[dict[str, Any]]:
-        nonlocal count
-        with archive.open(f"{table.name}.jsonl") as file:
-            for line in file:
-                digest.update(line)
-                count += 1
-                yield json.loads(line)
-
-    some: list[dict[str, Any]] = []
-    for row in rows():
-        some.append(row)
-        if len(some) == CHUNK:
-            connection.execute(insert(table), some)
-            some = []
-    if some:
-        connection.execute(insert(table), some)
+    with archive.open(f"{table.name}.jsonl") as file:
+        while lines := list(islice(file, CHUNK)):
+            digest.update(b"".join(lines))
+            count += len(lines)
+            connection.execute(insert(table), [json.loads(line) for line in lines])
     if (count, digest.hexdigest()) != (told["rows"], told["sha256"]):
         raise UserError(f"{path} is damaged: {table.name} is not what was written.")
     if connection.dialect.name == "postgresql" and "id" in table.c:  # so that the next row's number is a new one

@@ -15,15 +15,16 @@ from accord.feedback.store import Kind, Store
 
 def set_criterion(store: Store, path: str | None) -> None:
     """Tell labelers what a Markdown file says; without one what the store has, at first accord's own."""
+    now = store.criterion()
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"Criterion {path} does not exist.")
         text = read_text(Path(path))
-    elif store.criterion() is None:
+    elif now is None:
         text = (files("accord.feedback") / "helpful-honest-harmless.md").read_text()
     else:
         return
-    if (now := store.criterion()) is None or now[1] != text:
+    if now is None or now[1] != text:
         store.set_criterion(text)
 
 

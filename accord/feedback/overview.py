@@ -11,7 +11,7 @@ from typing import Any
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.feedback.agreement import Agreement, LabelerReport, agreement, comparisons
-from accord.feedback.statements import AGAIN, FIRST
+from accord.feedback.statements import AGAIN
 from accord.feedback.store import Store
 
 KNOWN = "\0known"  # the name of known ranks among labelers; nobody can have it
@@ -66,7 +66,7 @@ def overview(store: Store) -> Overview:
     on_gold = list(store.rankings("gold"))
     asked = {r.prompt_id for r in on_gold}
     gold = agreement([*on_gold, *(r for r in known if r.prompt_id in asked)], KNOWN).labelers if on_gold else {}
-    said_first = {(r.prompt_id, r.labeler): r for r in store.rankings(number=FIRST)}
+    said_first = {(r.prompt_id, r.labeler): r for r in rankings}
     again = [(said_first[r.prompt_id, r.labeler], r) for r in store.rankings(number=AGAIN) if (r.prompt_id, r.labeler) in said_first]
     work: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in effort:

@@ -313,22 +313,23 @@ class Store:
                 if found is None:
                     return None
                 item, number = found
-                values = {
-                    "item": item,
-                    "person": person.id,
-                    "round": number,
-                    "state": "open",
-                    "lease": now + self.settings.lease,
-                    "opened": now,
-                    "criterion": self._version(connection),
-                }
-                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
+                key = self._give(connection, person, item, number, "opened")
                 self._take(connection, item, number, +1)
-                self.database.note(connection, "opened", person.id, key)
             else:
                 key = row.id
                 self._hold(connection, row)
             return self._assignment(connection, key)
+
+    def _give(self, connection: Connection, person: Person, item: int, number: int, told: str) -> int:
+        """Open an item for somebody, by the criterion in force; the new assignment's number."""
+        now = self.database.clock()
+        values = {
+            "item": item, "person": person.id, "round": number, "state": "open", "lease": now + self.settings.lease, "opened": now,
+            "criterion": self._version(connection),
+        }  # fmt: skip
+        key: int = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
+        self.database.note(connection, told, person.id, key)
+        return key
 
     def _end_leases(self, connection: Connection, now: float) -> None:
         """Open items whose lease has ended are wanted by others again."""
@@ -486,7 +487,6 @@ class Store:
         Raises:
             UserError: there is no such prompt.
         """
-        now = self.database.clock()
         with self.database.write() as connection:
             item = self._real(connection, prompt_id).id
             own = select(assignments.c.id).where(
@@ -494,12 +494,7 @@ class Store:
             )
             key = connection.execute(own).scalar_one_or_none()
             if key is None:
-                values = {
-                    "item": item, "person": person.id, "round": RULING, "state": "open", "lease": now + self.settings.lease, "opened": now,
-                    "criterion": self._version(connection),
-                }  # fmt: skip
-                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
-                self.database.note(connection, "opened to decide", person.id, key)
+                key = self._give(connection, person, item, RULING, "opened to decide")
             return self._assignment(connection, key)
 
     # What came of it.
@@ -517,7 +512,7 @@ class Store:
         query = query.where(assignments.c.state == "done", assignments.c.round == RULING)
         with self.database.read() as connection:
             rows = connection.execute(query.order_by(assignments.c.answered, assignments.c.id)).all()
-        decided = {row.prompt_id: Ranking(row.prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "") for row in rows}
+        decided = {row.prompt_id: _ranking(row.prompt_id, row) for row in rows}
         yield from decided.values()
         yield from (r for r in self.rankings() if r.prompt_id not in decided)
 
@@ -541,7 +536,7 @@ class Store:
                     query = query.where(items.c.kind == kind)
                 rows = connection.execute(query.order_by(assignments.c.id).limit(chunk)).all()
             for row in rows:
-                yield Ranking(row.prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "")
+                yield _ranking(row.prompt_id, row)
             if len(rows) < chunk:
                 return
             last = rows[-1].id
@@ -563,9 +558,7 @@ class Store:
             row = self._real(connection, prompt_id)
             query = query.where(assignments.c.item == row.id, assignments.c.state == "done", assignments.c.round != AGAIN)
             given = connection.execute(query.order_by(assignments.c.id)).all()
-        said = [
-            (Ranking(prompt_id, a.name, tuple(a.label["ranks"]), a.criterion or ""), str(a.label["note"]), a.round == RULING) for a in given
-        ]
+        said = [(_ranking(prompt_id, a), str(a.label["note"]), a.round == RULING) for a in given]
         return _completions(row), said
 
     def _real(self, connection: Connection, prompt_id: str) -> Any:
@@ -616,10 +609,7 @@ class Store:
             for row in (row for row in some if row.id in mine):
                 completions[row.prompt_id] = _completions(row)
                 rulings = [label for label in mine[row.id] if label.round == RULING]
-                rankings += [
-                    Ranking(row.prompt_id, label.name, tuple(label.label["ranks"]), label.criterion or "")
-                    for label in rulings[-1:] or mine[row.id]
-                ]
+                rankings += [_ranking(row.prompt_id, label) for label in rulings[-1:] or mine[row.id]]
             if completions:
                 yield completions, rankings
             if len(some) < chunk:
@@ -664,6 +654,11 @@ def _completions(row: Any) -> list[Completion]:
     """An item's, as they were imported."""
     prompt = Prompt(row.prompt_id, row.content, row.theme)
     return [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
+
+
+def _ranking(prompt_id: str, row: Any) -> Ranking:
+    """What an assignment's label says, with its person's name."""
+    return Ranking(prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "")
 
 
 def _share(name: str) -> float:

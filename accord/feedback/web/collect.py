@@ -12,7 +12,7 @@ from accord.errors import UserError
 from accord.feedback.intake import set_criterion
 from accord.feedback.settings import QueueSettings
 from accord.feedback.store import MOST, Store
-from accord.feedback.web.serve import address, first_owner, listen, serving, web_settings
+from accord.feedback.web.serve import announce, listen, serving, web_settings
 from accord.progress import bar, console, safe_point
 
 LOOK = 0.5  # seconds between two looks at how many there are
@@ -48,18 +48,16 @@ def collect(url: str, completions: Mapping[str, Sequence[Completion]], wanted: W
         store.add_items(completions)
         need = math.ceil(wanted.enough * len(completions))
         with serving(store, web, listening) as check:
-            at = address(listening, web)
-            if wanted.accounts and (link := first_owner(store, at)):
-                console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
-            console.print(f"Rank at {at}   (Ctrl-C stops the run; what is ranked is kept)", soft_wrap=True, markup=False)
+            announce(store, web, listening, "Ctrl-C stops the run; what is ranked is kept")
             with bar("Labeling", need) as progress:
                 done = 0
                 while done < need:
                     check()
                     safe_point("What people have ranked is kept.")
                     time.sleep(LOOK)
-                    now = min(store.progress()["complete"], need)
-                    progress.advance(now - done, f"{store.progress()['rankings']} rankings")
+                    seen = store.progress()
+                    now = min(seen["complete"], need)
+                    progress.advance(now - done, f"{seen['rankings']} rankings")
                     done = now
                     if web.alone is not None and not store.work_of(web.alone, 0.0)["left"]:
                         break  # what was skipped nobody else will rank

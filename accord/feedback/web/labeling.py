@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from accord.data.records import as_written
 from accord.feedback.people import Person
 from accord.feedback.store import FLAGS, MOST, Assignment, Label, Store
 from accord.feedback.web.render import markdown, turns
@@ -113,7 +114,7 @@ def label(request: Request, session: Anyone, number: int, answer: Answer) -> dic
     fresh = store.submit(session.person, number, as_imported, answer.request, answer.seconds)
     given = seen[0] if seen else store.assignment(session.person, number)
     gold = store.assignment(session.person, number).gold if given.calibration else None
-    told_gold = by_place(["F" if r is None else r for r in gold], given.order) if gold else None
+    told_gold = by_place(as_written(gold), given.order) if gold else None
     return {"new": fresh, "gold": told_gold, "work": work(store, session.person)}
 
 
@@ -144,7 +145,7 @@ def told(given: Assignment) -> dict[str, Any] | None:
     if given.label is None:
         return None
     row = given.label.to_json()
-    row["ranks"] = ["F" if r is None else r for r in row["ranks"]]
+    row["ranks"] = as_written(row["ranks"])
     return row | {name: by_place(row[name], given.order) for name in ("ranks", "ratings", "flags")}
 
 

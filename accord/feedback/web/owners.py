@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response, Streamin
 
 from accord.data.charts import line_chart
 from accord.data.pairs import group_pairs
+from accord.data.records import as_written
 from accord.data.sources import read_completions
 from accord.errors import UserError
 from accord.feedback.export import group_rows, pair_rows, unpaired_rows
@@ -89,7 +90,7 @@ def disputed(request: Request, session: Reviewer, prompt: str) -> Response:
     """How everybody ranked one prompt."""
     site = Site.of(request)
     completions, rankings = site.store.of_prompt(prompt)
-    ranked = [(r.labeler, ["F" if rank is None else rank for rank in r.ranks], note, ruling) for r, note, ruling in rankings]
+    ranked = [(r.labeler, as_written(r.ranks), note, ruling) for r, note, ruling in rankings]
     return site.page(
         request, "disputed", session, prompt_id=prompt, turns=turns(completions[0].prompt.content),
         answers=[markdown(c.text) for c in completions], ranked=ranked,

@@ -18,6 +18,7 @@ from accord.feedback.store import Store
 from accord.feedback.web.retraining import Retraining
 from accord.feedback.web.server import LOOPBACK, make_app
 from accord.feedback.web.site import WebSettings
+from accord.progress import console
 
 
 def is_loopback(host: str) -> bool:
@@ -83,6 +84,14 @@ def first_owner(store: Store, at: str) -> str | None:
     if _owners(store):
         return None
     return f"{at}/invite/{store.people.invite('owner')}"
+
+
+def announce(store: Store, settings: WebSettings, listening: socket.socket, note: str) -> None:
+    """Print where the pages are, and the first owner's link if there is none yet."""
+    at = address(listening, settings)
+    if settings.alone is None and (link := first_owner(store, at)):
+        console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
+    console.print(f"Rank at {at}   ({note})", soft_wrap=True, markup=False)
 
 
 def _server(store: Store, settings: WebSettings, retraining: Retraining | None = None) -> uvicorn.Server:

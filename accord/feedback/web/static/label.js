@@ -7,6 +7,7 @@ const meta = (name) => document.querySelector(`meta[name=${name}]`).content;
 const ME = `${meta("store")}.${meta("person")}`; // another store may be served here tomorrow, with items of the same numbers
 const OUTBOX = `accord.outbox.${ME}.`; // and the request's name: tabs share it, and none undoes what another does
 const draftKey = (id) => `accord.draft.${ME}.${id}`;
+const FLAGS = [...$("flags").content.children].map((button) => button.dataset.flag);
 const LETTERS = "ABCDEFGHI";
 const IDLE = 60_000; // milliseconds without a key or a click after which time on the item stands still
 const DRAFT = 500; // milliseconds after a change until the server has the draft too
@@ -468,7 +469,7 @@ const KEYS = {
   f: () => ranked("F"), arrowdown: () => move(1), arrowright: () => move(1), j: () => move(1), arrowup: () => move(-1), arrowleft: () => move(-1), k: () => move(-1),
   backspace: () => setRank(at, null), delete: () => setRank(at, null), enter: submit, s: () => $("skip-dialog").showModal(), z: undo, y: redo, e: earlier, d: differ,
   n: () => $("note").focus(), m: togglePlain, i: () => { location.href = "/instructions"; }, "?": () => $("help-dialog").showModal(),
-  r: () => { expects = "rating"; hint("Rating: a digit from 1 to 7."); }, x: () => { expects = "flag"; hint("Flag: its number, from 1 to 5, as they stand under the answer."); }, escape: () => { expects = ""; },
+  r: () => { expects = "rating"; hint("Rating: a digit from 1 to 7."); }, x: () => { expects = "flag"; hint(`Flag: its number, from 1 to ${FLAGS.length}, as they stand under the answer.`); }, escape: () => { expects = ""; },
 };
 
 function digit(value) {
@@ -477,8 +478,7 @@ function digit(value) {
   if (what === "rating") {
     if (value <= 7) change((s) => { s.ratings[at] = value; });
   } else if (what === "flag") {
-    const names = [...$("flags").content.children].map((button) => button.dataset.flag);
-    if (value <= names.length) flag(at, names[value - 1]);
+    if (value <= FLAGS.length) flag(at, FLAGS[value - 1]);
   } else if (value <= state.ranks.length) ranked(value);
   else hint(`There are ${state.ranks.length} answers; ranks go from 1 to ${state.ranks.length}.`);
 }
