@@ -366,6 +366,34 @@ def test_many_at_once(make):
     assert all(row.label["ranks"] == np.random.default_rng(row.id).integers(1, 4, 3).tolist() for row in keys)
 
 
+def test_one_person_in_many_tabs_has_one_item_open(make):
+    store = make()
+    store.add_items(completions(20))
+    ann = store.people.add("ann", "labeler")
+    given = []
+    tabs = [threading.Thread(target=lambda: given.append(store.next(ann).id)) for _ in range(8)]
+    [t.start() for t in tabs], [t.join() for t in tabs]
+    assert len(given) == 8 and len(set(given)) == 1
+
+
+def test_the_log_waits_for_what_was_begun_before(make):
+    """Whoever reads it page by page misses nothing that got its number early and was written late."""
+    store = make()
+    store.add_items(completions(2))
+    ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
+    read = []
+    with store.database.write(of=ann.id) as connection:
+        store.database.note(connection, "first", ann.id)
+        if store.database.engine.dialect.name == "postgresql":
+            store.next(bob)  # others are not in the way of each other
+        reader = threading.Thread(target=lambda: read.append([e["what"] for e in store.log()]))
+        reader.start()
+        reader.join(0.5)
+        assert not read
+    reader.join()
+    assert "first" in read[0]
+
+
 def test_what_was_acknowledged_survives_a_kill(make, url, tmp_path):
     """A process that submits is killed at any moment, five times; each label it was told of is there once."""
     store = make()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alembic.util.exc import CommandError
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, make_url, select
+from sqlalchemy import URL, BigInteger, Connection, Engine, Integer, bindparam, create_engine, event, func, insert, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from accord.data.sources import is_unicode
@@ -19,6 +19,11 @@ from accord.feedback.schema import events
 
 NOTE = insert(events)
 WRITER = 4_217  # PostgreSQL's advisory lock of whoever writes
+ALONE = select(func.pg_advisory_xact_lock(bindparam("writer", type_=BigInteger)))
+BESIDE = select(
+    func.pg_advisory_xact_lock_shared(bindparam("writer", type_=BigInteger)),
+    func.pg_advisory_xact_lock(bindparam("writer", type_=Integer), bindparam("of", type_=Integer)),
+)
 
 
 class Database:
@@ -58,11 +63,16 @@ class Database:
         self.engine.dispose()
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """One transaction; whoever else writes waits, so that what was read still holds when it is written."""
+    def write(self, of: int | None = None) -> Iterator[Connection]:
+        """One transaction; whoever else writes waits, so that what was read still holds when it is written.
+
+        Args:
+            of: a person's number: this changes only what is theirs, and by statements that say under which condition what they share
+                with others. PostgreSQL lets others do the like at the same time; SQLite has one writer.
+        """
         with self._writer, self.engine.begin() as connection:
             if connection.dialect.name == "postgresql":
-                connection.execute(select(func.pg_advisory_xact_lock(WRITER)))
+                connection.execute(ALONE if of is None else BESIDE, {"writer": WRITER, "of": of})
             yield connection
 
     @contextmanager

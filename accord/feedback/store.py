@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Update, bindparam, delete, exists, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from accord.data.records import Completion, Prompt, Ranking
@@ -107,7 +107,7 @@ class Assignment:
 
 
 class Store:
-    """Open with :meth:`open`. Every method is one transaction."""
+    """Open with :meth:`open`. What a method changes it changes in one transaction, or not at all."""
 
     def __init__(self, database: Database, settings: QueueSettings) -> None:
         self.database, self.settings = database, settings
@@ -304,51 +304,54 @@ class Store:
 
     def next(self, person: Person) -> Assignment | None:
         """What this labeler does next: what they have open, or something new, leased to them; None if there is nothing left."""
-        now = self.database.clock()
-        with self.database.write() as connection:
-            self._end_leases(connection, now)
-            row = connection.execute(statements.OPEN, {"of_person": person.id}).one_or_none()
-            if row is None:
+        self._end_leases()
+        with self.database.write(of=person.id) as connection:
+            while True:  # until nobody else has been faster
+                row = connection.execute(statements.OPEN, {"of_person": person.id}).one_or_none()
+                if row is not None:
+                    if row.state == "late" and not self._take(connection, row.item, row.round, +1, statements.CLAIM):
+                        continue
+                    self._hold(connection, row)
+                    return self._assignment(connection, row.id)
                 found = self._choose(connection, person)
                 if found is None:
                     return None
-                item, number = found
-                key = self._give(connection, person, item, number, "opened")
-                self._take(connection, item, number, +1)
-            else:
-                key = row.id
-                self._hold(connection, row)
-            return self._assignment(connection, key)
+                if self._take(connection, *found, +1, statements.CLAIM):
+                    return self._assignment(connection, self._give(connection, person, *found, "opened"))
 
     def _give(self, connection: Connection, person: Person, item: int, number: int, told: str) -> int:
         """Open an item for somebody, by the criterion in force; the new assignment's number."""
         now = self.database.clock()
         values = {
             "item": item, "person": person.id, "round": number, "state": "open", "lease": now + self.settings.lease, "opened": now,
-            "criterion": self._version(connection),
         }  # fmt: skip
-        key: int = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
+        key: int = connection.execute(statements.GIVE, values).inserted_primary_key[0]  # type: ignore[index]
         self.database.note(connection, told, person.id, key)
         return key
 
-    def _end_leases(self, connection: Connection, now: float) -> None:
+    def _end_leases(self) -> None:
         """Open items whose lease has ended are wanted by others again."""
-        for row in connection.execute(statements.LATE, {"now": now}).all():
-            connection.execute(statements.CHANGE, {"of_key": row.id, "state": "late"})
-            self._take(connection, row.item, row.round, -1)
+        now = {"now": self.database.clock()}
+        with self.database.read() as connection:
+            if connection.execute(statements.LATE, now).first() is None:
+                return
+        with self.database.write() as connection:
+            for row in connection.execute(statements.LATE, now).all():
+                connection.execute(statements.CHANGE, {"of_key": row.id, "state": "late"})
+                self._take(connection, row.item, row.round, -1)
 
     def _hold(self, connection: Connection, row: Any, **values: Any) -> None:
         """Keep an open item for its labeler for another while, also one whose lease had ended."""
-        if row.state == "late":
-            self._take(connection, row.item, row.round, +1)
         state = "open" if row.state == "late" else row.state
         lease = self.database.clock() + self.settings.lease
         connection.execute(statements.CHANGE, {"of_key": row.id, "state": state, "lease": lease, **values})
 
-    def _take(self, connection: Connection, item: int, number: int, by: int) -> None:
-        """Count one more, or one fewer, of an item's rankings; what is shown again to the same person is not among them."""
-        if number == FIRST and by:
-            connection.execute(statements.TAKE, {"of_item": item, "by": by, "overlap": self.settings.overlap})
+    def _take(self, connection: Connection, item: int, number: int, by: int, how: Update = statements.TAKE) -> bool:
+        """Count one more, or one fewer, of an item's rankings; what is shown again to the same person is not among them. False: it
+        is not to be had."""
+        if number != FIRST or not by:
+            return True
+        return bool(connection.execute(how, {"of_item": item, "by": by, "overlap": self.settings.overlap}).rowcount)
 
     def _choose(self, connection: Connection, person: Person) -> tuple[int, int] | None:
         """(item, round) of the next one: calibration first, then now and then gold or a repetition, else what is asked for most."""
@@ -369,19 +372,11 @@ class Store:
         return None if real is None else (real, FIRST)
 
     def _unseen(self, connection: Connection, person: Person, kind: Kind) -> int | None:
-        """An item that this person has not had; of real ones, one that has not been given out often enough: of those with the
-        highest priority the first from this person's own place on."""
-        real = kind == "real"
-        told: dict[str, Any] = {"kind": kind, "of_person": person.id}
-        top = connection.execute(statements.HIGHEST[real], told).first()
-        if top is None:
-            return None
-        told |= {"level": top.priority, "start": _share(f"{self.settings.seed}/{person.id}")}
-        for side in (statements.FROM, statements.BEFORE):
-            row = connection.execute(side[real], told).first()
-            if row is not None:
-                return int(row.id)
-        return None
+        """An item that this person has not had; everybody begins at their own place."""
+        told = {"kind": kind, "of_person": person.id, "start": _share(f"{self.settings.seed}/{person.id}")}
+        query = statements.UNSEEN[connection.dialect.name, kind == "real"]
+        found: int | None = connection.execute(query, told).scalar_one_or_none()
+        return found
 
     def _repeat(self, connection: Connection, person: Person) -> int | None:
         """A real item that this person ranked some while ago, and has not seen twice."""
@@ -421,8 +416,11 @@ class Store:
         with self.database.read() as connection:
             return self._shown(self._own(connection, person, key))
 
-    def _own(self, connection: Connection, person: Person, key: int) -> Any:
-        row = connection.execute(statements.OWN, {"of_key": key, "of_person": person.id}).one_or_none() if 0 < key < 2**31 else None
+    def _own(self, connection: Connection, person: Person, key: int, request: str | None = None) -> Any:
+        """``request``: say also whether it was taken before (``known``)."""
+        asked = {"of_key": key, "of_person": person.id} | ({"request": request} if request else {})
+        query = statements.TO_ANSWER if request else statements.OWN
+        row = connection.execute(query, asked).one_or_none() if 0 < key < 2**31 else None
         if row is None:
             raise UserError(f"There is no item {key} that was given to '{person.name}'.")
         return row
@@ -437,10 +435,12 @@ class Store:
             UserError: the item is not theirs, or the draft is larger than any answer.
         """
         check_text(json.dumps(draft, ensure_ascii=False).replace("\\u0000", "\0"), "A draft", 100_000)
-        with self.database.write() as connection:
+        with self.database.write(of=person.id) as connection:
             row = self._own(connection, person, key)
             if draft.get("answers", row.answers) != row.answers or draft.get("at", 0) < (row.draft or {}).get("at", 0):
                 return False
+            if row.state == "late":
+                self._take(connection, row.item, row.round, +1)
             self._hold(connection, row, draft=dict(draft))
         return True
 
@@ -462,9 +462,9 @@ class Store:
         """
         check_text(request, "A request's name", 100)
         now = self.database.clock()
-        with self.database.write() as connection:
-            row = self._own(connection, person, key)
-            if connection.execute(statements.KNOWN_REQUEST, {"of_key": key, "request": request}).first():
+        with self.database.write(of=person.id) as connection:
+            row = self._own(connection, person, key, request)
+            if row.known:
                 return False
             if callable(label):
                 label = label(self._shown(row))
@@ -641,7 +641,7 @@ class Store:
 
     def log(self, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
         """Events in their order: who, what, when, before, after."""
-        with self.database.read() as connection:
+        with self.database.write() as connection:  # so that no event with a smaller number is still on its way
             query = select(events, people.c.name).join(people, people.c.id == events.c.person, isouter=True).where(events.c.id > after)
             rows = connection.execute(query.order_by(events.c.id).limit(limit)).all()
         return [
