@@ -78,7 +78,7 @@ def test_by_hand():
     # Same: (0,1) 1 of 3, (0,2) 3 of 3, (1,2) 1 of 3, q 1 of 1; strictly compared: (0,1) 1 of 1, (0,2) 3 of 3, (1,2) 1 of 3, q 1 of 1.
     assert got.with_ties.value == pytest.approx(6 / 10) and got.without_ties.value == pytest.approx(6 / 8)
     assert got.kendall_w.value == pytest.approx((kendall_w([[1, 2, 3], [1, 3, 2], [1, 1, 2]]) + 1) / 2)
-    assert got.disputed == [("p", pytest.approx(5 / 9)), ("q", 1.0)]
+    assert got.disputed == [("p", pytest.approx(5 / 9), pytest.approx(kendall_w([[1, 2, 3], [1, 3, 2], [1, 1, 2]]))), ("q", 1.0, 1.0)]
     assert got.kappa_fail is None  # nobody marks what another sees as F
     a = got.labelers["a"]
     assert (a.rankings, a.fails, a.ties) == (3, pytest.approx(1 / 7), 0.0)

@@ -66,6 +66,26 @@ def test_by_hand(store):
     assert [count for _, count in seen.days] == [3, 5] and seen.days[0][0] < seen.days[1][0]
 
 
+def test_flags(store):
+    """Ann and Bob on five completions: both call one toxic, Ann one more; Cohen's kappa by hand, and by a peer."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    store.add_items(group("p0", "a", "b") | group("p1", "a", "b", "c"))
+    ann, bob = store.people.add("Ann", "labeler"), store.people.add("Bob", "labeler")
+    flags = {
+        (ann, "p0"): (("toxic",), ()), (ann, "p1"): ((), ("toxic", "false"), ()),
+        (bob, "p0"): (("toxic",), ()), (bob, "p1"): (),
+    }  # fmt: skip
+    for (person, key), some in flags.items():
+        ranks = (1, 2) if key == "p0" else (1, 2, 3)
+        store.submit(person, give(store, person, key), Label(ranks, flags=some), f"request-{person.id}-{key}")
+    found = overview(store).flags
+    assert list(found) == ["toxic", "false"] and found["toxic"][0] == 3 and found["false"][0] == 1
+    # They agree on four of five; by chance on 2/5 * 1/5 + 3/5 * 4/5 = 14/25.
+    assert found["toxic"][1].value == pytest.approx((4 / 5 - 14 / 25) / (1 - 14 / 25))
+    assert found["toxic"][1].value == pytest.approx(sklearn.cohen_kappa_score([1, 0, 0, 1, 0], [1, 0, 0, 0, 0]))
+    assert found["false"][1].value == pytest.approx(0.0)
+
+
 def test_of_nothing_there_is_nothing_to_say(store):
     seen = overview(store)
     assert seen.agreement is None and seen.labelers == [] and seen.longer is None and seen.confusion == [[0] * 3] * 3

@@ -228,6 +228,14 @@ class LabelerReport:
     quality: float
 
 
+class OfPrompt(NamedTuple):
+    """How far labelers agree on one prompt: share of comparisons that are the same, and Kendall's W (None: all of them tie all)."""
+
+    prompt: str
+    same: float
+    kendall_w: float | None
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Statistics of a set of rankings; intervals are 95%, by bootstrap over prompts. None: nothing to tell it from.
@@ -238,7 +246,7 @@ class Agreement:
         alpha: Krippendorff's, ordinal, of the comparisons, each from both sides.
         kendall_w: mean of the prompts' coefficients.
         kappa_fail: of ``F`` or not, completion by completion: Cohen's, the mean over pairs of labelers weighted by what they share.
-        disputed: prompts by agreement, the least first.
+        disputed: prompts that two labelers ranked, by agreement, the least first.
     """
 
     prompts: int
@@ -249,7 +257,7 @@ class Agreement:
     kendall_w: Estimate | None
     kappa_fail: Estimate | None
     labelers: dict[str, LabelerReport]
-    disputed: list[tuple[str, float]]
+    disputed: list[OfPrompt]
 
 
 def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int = DRAWS, seed: int = 0) -> Agreement:
@@ -267,6 +275,7 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
     people = {prompt: [r for r in given if r.labeler != gold] for prompt, given in by_prompt.items()}
     people = {prompt: given for prompt, given in people.items() if given}
     counts, names = _Counts.of(list(people.values())), list(people)
+    fails = _Marks.of([{r.labeler: [rank is None for rank in r.ranks] for r in given} for given in people.values()])
     pairs = lambda some: _ratio(some[:, 0], some[:, 1], names, draws, seed)
     w = {p: kendall_w([r.places for r in given]) for p, given in people.items() if len(given) > 1}
     w = {p: value for p, value in w.items() if not math.isnan(value)}
@@ -280,10 +289,22 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
         without_ties=pairs(counts.strict),
         alpha=_resampled(len(names), counts.alpha, draws, seed),
         kendall_w=_ratio(list(w.values()), [1.0] * len(w), list(w), draws, seed),
-        kappa_fail=_resampled(len(names), counts.kappa, draws, seed),
+        kappa_fail=_resampled(len(names), fails.kappa, draws, seed),
         labelers=_labelers(by_prompt, gold, quality, draws, seed),
-        disputed=sorted(rates.items(), key=lambda item: (item[1], item[0])),
+        disputed=sorted((OfPrompt(p, same, w.get(p)) for p, same in rates.items()), key=lambda of: (of.same, of.prompt)),
     )
+
+
+def mark_kappa(prompts: Sequence[Mapping[str, Sequence[bool]]], draws: int = DRAWS, seed: int = 0) -> Estimate | None:
+    """Cohen's kappa of whether completions are marked: the mean over pairs of labelers, weighted by what they share.
+
+    Args:
+        prompts: of each prompt its labelers' marks, one a completion.
+
+    Returns:
+        With a 95% interval by bootstrap over prompts; None where no two labelers say anything to tell it from.
+    """
+    return _resampled(len(prompts), _Marks.of(prompts).kappa, draws, seed)
 
 
 def _by_prompt(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
@@ -307,15 +328,11 @@ class _Counts:
     same: np.ndarray  # (P,2): comparisons of two labelers that are the same, and all
     strict: np.ndarray  # (P,2): the same among those in which neither says equal
     coincidence: np.ndarray  # (P,3,3) of comparisons, as Krippendorff counts them
-    marks: np.ndarray  # (R,4) of two labelers' marks F or not of a prompt: neither, second, first, both
-    prompt: np.ndarray  # (R,) whose
-    pair: np.ndarray  # (R,) and by which two
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Ranking]]) -> _Counts:
         same, strict = np.zeros((len(prompts), 2)), np.zeros((len(prompts), 2))
-        coincidence, pairs = np.zeros((len(prompts), 3, 3)), {}  # type: ignore[var-annotated]
-        marks, prompt, pair = [], [], []
+        coincidence = np.zeros((len(prompts), 3, 3))
         for p, given in enumerate(prompts):
             units: dict[tuple[int, int], list[int]] = defaultdict(list)
             for c in comparisons(given):
@@ -325,22 +342,37 @@ class _Counts:
                 coincidence[p] += _coincidence(np.array(counts, dtype=float))
                 same[p] += sum(map(_twos, counts)), _twos(less + equal + more)
                 strict[p] += _twos(less) + _twos(more), _twos(less + more)
-            for a, b in combinations(sorted(given, key=lambda r: r.labeler), 2):
-                both = [2 * (x is None) + (y is None) for x, y in zip(a.ranks, b.ranks, strict=True)]
-                marks.append([both.count(kind) for kind in range(4)])
-                prompt.append(p)
-                pair.append(pairs.setdefault((a.labeler, b.labeler), len(pairs)))
-        shape = np.array(marks, dtype=float).reshape(-1, 4)
-        return cls(same, strict, coincidence, shape, np.array(prompt, dtype=int), np.array(pair, dtype=int))
+        return cls(same, strict, coincidence)
 
     def alpha(self, times: np.ndarray) -> float:
         one_side = np.tensordot(times, self.coincidence, 1)
         return _alpha(one_side + one_side[::-1, ::-1], (-1, 0, 1), "ordinal")
 
+
+@dataclass(frozen=True)
+class _Marks:
+    """What adds up of two labelers' marks of the same completions."""
+
+    counts: np.ndarray  # (R,4) of one prompt: marked by neither, the second, the first, both
+    prompt: np.ndarray  # (R,) whose
+    pair: np.ndarray  # (R,) and by which two
+
+    @classmethod
+    def of(cls, prompts: Sequence[Mapping[str, Sequence[bool]]]) -> _Marks:
+        counts, prompt, pair = [], [], []
+        pairs: dict[tuple[str, str], int] = {}
+        for p, given in enumerate(prompts):
+            for a, b in combinations(sorted(given), 2):
+                both = [2 * x + y for x, y in zip(given[a], given[b], strict=True)]
+                counts.append([both.count(kind) for kind in range(4)])
+                prompt.append(p)
+                pair.append(pairs.setdefault((a, b), len(pairs)))
+        return cls(np.array(counts, dtype=float).reshape(-1, 4), np.array(prompt, dtype=int), np.array(pair, dtype=int))
+
     def kappa(self, times: np.ndarray) -> float:
         if not len(self.pair):
             return math.nan
-        drawn = self.marks * times[self.prompt, None]
+        drawn = self.counts * times[self.prompt, None]
         table = np.stack([np.bincount(self.pair, weights=drawn[:, k]) for k in range(4)])
         n = table.sum(0)
         some = n > 0

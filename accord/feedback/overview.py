@@ -10,9 +10,9 @@ from typing import Any
 
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
-from accord.feedback.agreement import Agreement, LabelerReport, agreement, comparisons
+from accord.feedback.agreement import Agreement, LabelerReport, agreement, comparisons, mark_kappa
 from accord.feedback.statements import AGAIN
-from accord.feedback.store import Store
+from accord.feedback.store import FLAGS, Store
 
 KNOWN = "\0known"  # the name of known ranks among labelers; nobody can have it
 SAYS = ("better", "equal", "worse")
@@ -48,6 +48,7 @@ class Overview:
         days: rankings by day, the last two weeks in which there were any.
         confusion: comparisons of items shown twice, first answer by second: ``confusion[a][b]`` with :data:`SAYS`.
         longer: of strict comparisons, how often the longer completion is preferred, in characters.
+        flags: of each flag that was set: on how many completions, by everybody, and Cohen's kappa of setting it or not.
     """
 
     progress: dict[str, int]
@@ -56,6 +57,7 @@ class Overview:
     labelers: list[LabelerRow]
     confusion: list[list[int]]
     longer: Estimate | None
+    flags: dict[str, tuple[int, Estimate | None]]
 
 
 def overview(store: Store) -> Overview:
@@ -86,7 +88,7 @@ def overview(store: Store) -> Overview:
                 repeated=_repeated([pair for pair in again if pair[0].labeler == name]),
             )
         )
-    return Overview(store.progress(), _days(effort), found, rows, _confusion(again), _longer(store, rankings))
+    return Overview(store.progress(), _days(effort), found, rows, _confusion(again), _longer(store, rankings), _flags(store))
 
 
 def _days(effort: list[dict[str, Any]]) -> list[tuple[str, int]]:
@@ -108,6 +110,19 @@ def _confusion(pairs: list[tuple[Ranking, Ranking]]) -> list[list[int]]:
     """From both sides: which of two completions is called the first means nothing."""
     counts = Counter((sign * a + 1, sign * b + 1) for _, a, b in _twice(pairs) for sign in (1, -1))
     return [[counts[a, b] for b in range(3)] for a in range(3)]
+
+
+def _flags(store: Store) -> dict[str, tuple[int, Estimate | None]]:
+    given: dict[str, dict[str, list[tuple[str, ...]]]] = defaultdict(dict)
+    for prompt, name, label in store.labels():
+        given[prompt][name] = list(label.flags) or [()] * len(label.ranks)
+    found = {}
+    for flag in FLAGS:
+        marks = [{name: [flag in some for some in said] for name, said in by_name.items()} for by_name in given.values()]
+        count = sum(sum(said) for by_name in marks for said in by_name.values())
+        if count:
+            found[flag] = (count, mark_kappa(marks))
+    return found
 
 
 def _longer(store: Store, rankings: list[Ranking]) -> Estimate | None:

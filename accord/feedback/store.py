@@ -526,6 +526,13 @@ class Store:
 
     def rankings(self, kind: Kind | None = "real", number: int = FIRST, chunk: int = 1000) -> Iterator[Ranking]:
         """Every ranking that stands, in the order in which they were given out; skipped items are none. ``number``: of which round."""
+        yield from (_ranking(row.prompt_id, row) for row in self._done(kind, number, chunk))
+
+    def labels(self) -> Iterator[tuple[str, str, Label]]:
+        """(prompt, labeler's name, label) of the real items, with ratings, flags and notes."""
+        yield from ((row.prompt_id, row.name, Label.of(row.label)) for row in self._done("real", FIRST))
+
+    def _done(self, kind: Kind | None, number: int, chunk: int = 1000) -> Iterator[Any]:
         last = 0
         while True:
             with self.database.read() as connection:
@@ -535,8 +542,7 @@ class Store:
                 if kind is not None:
                     query = query.where(items.c.kind == kind)
                 rows = connection.execute(query.order_by(assignments.c.id).limit(chunk)).all()
-            for row in rows:
-                yield _ranking(row.prompt_id, row)
+            yield from rows
             if len(rows) < chunk:
                 return
             last = rows[-1].id
@@ -586,7 +592,7 @@ class Store:
 
     def newest_event(self) -> int:
         """The number of the last event; it grows with everything that happens."""
-        with self.database.read() as connection:
+        with self.database.write() as connection:  # so that none with a smaller number is still on its way
             return int(connection.execute(select(func.max(events.c.id))).scalar_one() or 0)
 
     def ranked(self, chunk: int = 500) -> Iterator[tuple[dict[str, list[Completion]], list[Ranking]]]:

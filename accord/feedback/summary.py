@@ -55,11 +55,10 @@ def print_agreement(found: Agreement) -> None:
         "[dim]like others, like gold: where neither says equal; right: estimated from how they agree (Dawid & Skene 1979)[/]",
         soft_wrap=True,
     )
-    disputed = [(prompt, share) for prompt, share in found.disputed if share < 0.5][:SHOWN]
+    disputed = [of for of in found.disputed if of.same < 0.5][:SHOWN]
     if disputed:
         console.print(
-            "Most disputed, with the share of comparisons that agree: "
-            + ", ".join(f"{prompt} ({share:.0%})" for prompt, share in disputed),
+            "Most disputed, with the share of comparisons that agree: " + ", ".join(f"{of.prompt} ({of.same:.0%})" for of in disputed),
             soft_wrap=True,
             markup=False,
         )

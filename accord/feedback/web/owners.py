@@ -63,7 +63,7 @@ def _overview(request: Request, session: Any, status: int = 200, **told: Any) ->
     seen = watched.now()
     numbers = [(meaning, getattr(seen.agreement, name)) for name, meaning in MEANING.items()] if seen.agreement else []
     decided = {r.prompt_id for r in site.store.rankings(number=RULING)}
-    disputed = [(p, share, p in decided) for p, share in (seen.agreement.disputed if seen.agreement else []) if share < 1][:SHOWN]
+    disputed = [(of, of.prompt in decided) for of in (seen.agreement.disputed if seen.agreement else []) if of.same < 1][:SHOWN]
     days = line_chart("Rankings a day", {"rankings": [(float(k), float(n)) for k, (_, n) in enumerate(seen.days)]}, f"{seen.days[0][0]} to {seen.days[-1][0]}", "day") if len(seen.days) > 1 else ""  # fmt: skip
     retraining: Retraining | None = request.app.state.retraining
     trained = retraining.history() if retraining else []
