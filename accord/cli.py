@@ -206,6 +206,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "--retrain-every", type=int, default=0, metavar="N", help="train one after every N rankings; 0: when the owner asks [0]"
     )
     label.add_argument("--accounts", action="store_true", help="people come by invitation and log in")
+    label.add_argument("--new-password", metavar="NAME", help="print a link by which somebody who has forgotten theirs chooses another")
     label.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others can reach needs --accounts [127.0.0.1]")
     label.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one [8000]")
     label.add_argument("--requests", type=int, default=3000, metavar="N", help="requests a minute that one address may make [3000]")
@@ -476,7 +477,7 @@ def do_label(arguments: argparse.Namespace) -> None:
             from accord.reward.model import RewardModel
 
             store.set_priority(uncertainty(store.completions(), [RewardModel.load(folder) for folder in arguments.priority]))
-        announce(store, web, listening, f"Ctrl-C ends it; labels are in {store.database.url}")
+        announce(store, web, listening, f"Ctrl-C ends it; labels are in {store.database.url}", arguments.new_password)
         folder = arguments.rewards or Path("labels.rewards" if "://" in arguments.store else f"{arguments.store}.rewards")
         serve(store, web, listening, Retraining(store, folder, arguments.model, every=arguments.retrain_every))
 

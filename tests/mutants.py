@@ -140,7 +140,7 @@ MUTANTS = [
     ("feedback/web/security", "if _netloc(origin) != host or not host:", "if not host:", "another page's form is taken", "test_web.py", "own_pages"),
     ("feedback/web/security", "if had > most:", "if had > 10 * most:", "a body without a length may be of any", "test_web.py", "too_large"),
     ("feedback/web/doors", "wait = site.by_name.take(name) or site.by_address.take(address)", "wait = site.by_address.take(address)", "a name's password may be guessed as often as an address may ask", "test_web.py", "guessing"),
-    ("feedback/people", "invitations.c.taken_by.is_(None), ", "", "an invitation is for everybody", "test_web.py", "invitation"),
+    ("feedback/people", "query.where(invitations.c.taken_by.is_(None), ", "query.where(", "an invitation is for everybody", "test_web.py", "invitation"),
     ("data/pairs", "(above - below)", "(below - above)", "score by rank: the last is best", "test_data.py", "scores_by_rank"),
     # Rollouts.
     ("rollout/sampling", "right=True", "right=False", "inverse CDF: the token before the one passed", ROLL, "inverse_cdf"),

@@ -285,6 +285,21 @@ def test_three_people_label_twelve_items(browser, server, tmp_path):
         owner.click("text=groups")
     groups = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
     assert len(groups) == ITEMS and sum(sum(g["rankings"].values()) for g in groups) == 35
+
+    # And decides what is disputed: then she is back among what is.
+    owner.click("#disputed a >> nth=0")
+    owner.click("text=Decide it")
+    for key in ("1", "2", "3", "4", "Enter"):
+        owner.wait_for_selector("#work:not([hidden])")
+        owner.keyboard.press(key)
+    owner.wait_for_url("**/overview#disputed")
+    assert "decided" in owner.locator("#disputed").inner_text()
+    # The list of one's own answers goes by arrows, too.
+    owner.goto(f"{served.at}/label")
+    owner.wait_for_selector("#empty:not([hidden]), #work:not([hidden])")
+    for key in ("e", "ArrowDown", "Enter"):
+        owner.keyboard.press(key)
+        owner.wait_for_selector("#earlier-dialog[open]" if key != "Enter" else "#mode:not([hidden])")
     assert not problems
     served.stop()
 

@@ -459,13 +459,19 @@ def test_a_backup_is_the_same_store_again(make, url, tmp_path):
             return {t.name: [tuple(row) for row in connection.execute(select(t).order_by(*t.primary_key))] for t in TABLES}
 
     copy = Store.open(tmp_path / "other.db", clock=Clock())
+    copy.set_criterion("of a start that came to nothing"), copy.people.add("you", "owner"), copy.people.invite("owner")
     assert restore(tmp_path / "backup.zip", copy) == rows
     assert everything(copy) == everything(store) and copy.settings == store.settings
     assert copy.people.check_password("Ann", "four small words here").id == ann.id
     assert list(copy.rankings()) == list(store.rankings()) and copy.next(ann) == store.next(ann)
-    with pytest.raises(UserError, match="has people in it already"):
+    with pytest.raises(UserError, match="has items in it already"):
         restore(tmp_path / "backup.zip", copy)
     copy.close()
+    used = Store.open(tmp_path / "used.db", clock=Clock())
+    used.people.add("Bob", "owner", "four small words here")
+    with pytest.raises(UserError, match="has people in it already"):
+        restore(tmp_path / "backup.zip", used)
+    used.close()
 
 
 def test_a_backup_goes_from_one_database_to_the_other(postgres, tmp_path):

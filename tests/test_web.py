@@ -12,6 +12,7 @@ pytest.importorskip("fastapi")
 import httpx
 
 from accord.data.records import Completion, Prompt
+from accord.errors import UserError
 from accord.feedback.agreement import agreement
 from accord.feedback.store import Label, QueueSettings, Store
 from accord.feedback.web.render import markdown
@@ -31,7 +32,8 @@ ROUTES = {
     ("POST", "/api/next"): LABELER, ("GET", "/api/items/{number}"): LABELER, ("PUT", "/api/items/{number}/draft"): LABELER,
     ("POST", "/api/items/{number}/label"): LABELER, ("GET", "/api/history"): LABELER, ("GET", "/overview"): REVIEWER,
     ("GET", "/overview/disputed"): REVIEWER, ("POST", "/overview/decide"): REVIEWER, ("GET", "/export/{name}.jsonl"): REVIEWER,
-    ("POST", "/retrain"): OWNER, ("POST", "/people/invite"): OWNER, ("POST", "/people/{number}/active"): OWNER, ("POST", "/criterion"): OWNER, ("POST", "/import"): OWNER,
+    ("POST", "/retrain"): OWNER, ("POST", "/people/invite"): OWNER, ("POST", "/people/{number}/active"): OWNER,
+    ("POST", "/people/revoke"): OWNER, ("POST", "/people/{number}/password"): OWNER, ("POST", "/criterion"): OWNER, ("POST", "/import"): OWNER,
 }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def test_every_route_for_every_role(serve):
                 "/login": {"data": {"name": "x", "password": "y"}}, "/invite/{token}": {"data": {"name": f"n{role}", "password": PASSWORD}},
                 "/api/items/{number}/draft": {"json": {"note": "n"}}, "/api/items/{number}/label": {"json": {"request": "r" * 9, "ranks": [1, 1, 1]}},
                 "/overview/disputed": {"params": {"prompt": "p0"}}, "/overview/decide": {"data": {"prompt": "p0"}}, "/people/invite": {"data": {"role": "labeler"}},
-                "/people/{number}/active": {"data": {"active": "true"}}, "/criterion": {"data": {"text": "Be better."}},
+                "/people/{number}/active": {"data": {"active": "true"}}, "/people/revoke": {"data": {"invitation": store.people.invitations()[0].digest}}, "/criterion": {"data": {"text": "Be better."}},
                 "/import": {"files": {"file": ("f.jsonl", b'{"id":"q","prompt":"p","completion":"a"}\n{"id":"q","prompt":"p","completion":"b"}\n')}},
             }.get(path, {})  # fmt: skip
             response = client.request(method, url, **body)
@@ -502,7 +504,7 @@ def test_exports_are_streams_of_what_is_there_and_a_decision_stands_for_all(serv
     assert [(r["id"], r["index"], r["completion"]) for r in rows("completions")][:2] == [("p0", 0, "a 0"), ("p0", 1, "b 0")]
     assert len([r for r in rows("pairs") if r["id"] == "p1"]) == 4  # a over b, b over a, both over c
     page = client.post("/overview/decide", data={"prompt": "p1", "csrf": client.headers["X-CSRF-Token"]})
-    item = client.get(f"/api/items/{page.headers['location'].split('=')[1]}").json()["item"]
+    item = client.get(f"/api/items/{re.search('item=([0-9]+)', page.headers['location'])[1]}").json()["item"]
     ranks = [{"a": 1, "b": 2, "c": 3}[c["text"][0]] for c in item["completions"]]
     assert client.post(f"/api/items/{item['id']}/label", json=answer(item, ranks=ranks)).json()["new"]
     pairs = [(r["chosen"][0], r["rejected"][0]) for r in rows("pairs") if r["id"] == "p1"]
@@ -607,7 +609,42 @@ def test_a_reward_model_from_the_labels_so_far(serve, tmp_path, tiny_folder):
 def test_of_the_links_that_a_start_prints_the_last_one_counts(serve):
     people = serve().store.people
     first, last, invited = people.invite("owner"), people.invite("owner"), people.invite("owner", people.get("some owner"))
-    assert people.invited(first) is None and people.invited(last) == "owner" and people.invited(invited) == "owner"
+    assert people.invited(first) is None and people.invited(last).role == "owner" and people.invited(invited).role == "owner"
+
+
+def test_an_invitation_is_ended_and_a_forgotten_password_replaced(serve):
+    served = serve(WebSettings(attempts=100))
+    owner, people = served.client("some owner"), served.store.people
+    post = lambda path, **data: owner.post(path, data={**data, "csrf": owner.headers["X-CSRF-Token"]})
+    link_in = lambda page: re.search(r'href="(http[^"]+/invite/[^"]+)"', page.text)[1]
+    link = link_in(post("/people/invite", role="reviewer"))
+    page = owner.get("/overview").text
+    assert "somebody new, as reviewer" in page and link.rsplit("/", 1)[1] not in page  # the token itself is told once
+    digest = re.search('name="invitation" value="([0-9a-f]{64})"', page)[1]
+    assert post("/people/revoke", invitation=digest).status_code == 303 and served.client().get(link).status_code == 404
+    assert post("/people/revoke", invitation=digest).status_code == 400 and "somebody new" not in owner.get("/overview").text
+
+    labeler = served.client("some labeler")
+    first, link = (link_in(post(f"/people/{people.get('some labeler').id}/password")) for _ in range(2))
+    assert "some labeler, a new password" in owner.get("/overview").text
+    assert served.client().get(first).status_code == 404  # the last one counts
+    guest = served.client()
+    assert "<b>some labeler</b>" in guest.get(link).text
+    assert guest.post(link, data={"password": "short"}).status_code == 400
+    assert (
+        guest.post(link, data={"name": "some owner", "password": "another four small words"}).status_code == 303
+    )  # the name is not theirs to say
+    assert guest.get("/label").status_code == 200 and guest.get("/overview").status_code == 403
+    assert labeler.get("/label").status_code == 303  # logged out
+    assert served.client().post("/login", data={"name": "some labeler", "password": PASSWORD}).status_code == 403
+    assert served.client("some labeler", "another four small words") and served.client("some owner")
+    assert served.client().post(link, data={"password": PASSWORD}).status_code == 404
+    waiting = people.new_password(people.get("some labeler").id)
+    people.set_active(people.get("some labeler").id, False, people.get("some owner"))
+    assert people.invited(waiting) is None
+    for number in (people.everyone()[0]["id"], 999):
+        with pytest.raises(UserError, match="could log in"):
+            people.new_password(number)
 
 
 def test_an_upload_error_names_the_file_of_the_browser(serve):

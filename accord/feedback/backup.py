@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Table, delete, func, insert, select, text
+from sqlalchemy import Connection, Table, delete, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from accord import __version__
 from accord.disk import whole_file
 from accord.errors import UserError, first_line
-from accord.feedback.schema import about, assignments, criteria, events, items, people
+from accord.feedback.schema import about, assignments, criteria, events, invitations, items, people, sessions
 from accord.feedback.store import Store
 
 FORMAT = 1
@@ -58,10 +58,10 @@ def back_up(store: Store, out: Path) -> dict[str, int]:
 
 
 def restore(path: Path, store: Store) -> dict[str, int]:
-    """Fill an empty store; all of it or nothing. Returns how many rows of each table.
+    """Fill a store without items and without people who log in; all of it or nothing. Returns how many rows of each table.
 
     Raises:
-        UserError: the store has something in it, or the file is damaged, no backup, or of another version.
+        UserError: the store has more in it, or the file is damaged, no backup, or of another version.
     """
     try:
         with zipfile.ZipFile(path) as archive, store.database.write() as connection:
@@ -69,10 +69,12 @@ def restore(path: Path, store: Store) -> dict[str, int]:
             revision = _revision(connection)
             if manifest["format"] != FORMAT or manifest["revision"] != revision:
                 raise UserError(f"{path} was made by accord {manifest['accord']} (revision {manifest['revision']}); this is {__version__} (revision {revision}). Restore it with that version; a newer one then migrates the store.")  # fmt: skip
-            for table in TABLES[1:]:
-                if connection.execute(select(func.count()).select_from(table)).scalar_one():
-                    raise UserError(f"The store {store.database.url} has {table.name} in it already; restore into a new one.")
-            connection.execute(delete(about))  # it becomes the store that was backed up
+            held = {"items": select(items.c.id), "people": select(people.c.id).where(people.c.password.is_not(None))}
+            for what, some in held.items():
+                if connection.execute(some.limit(1)).first() is not None:
+                    raise UserError(f"The store {store.database.url} has {what} in it already; restore into a new one.")
+            for table in (sessions, invitations, *reversed(TABLES)):  # what a start without items leaves
+                connection.execute(delete(table))
             for table in TABLES:
                 _fill(connection, table, archive, manifest["tables"][table.name], path)
         store.reload()

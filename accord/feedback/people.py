@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accord.data.sources import is_unicode
@@ -40,6 +40,16 @@ class Person:
     id: int
     name: str
     role: str
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """A link that can be taken. ``name``: of the person who chooses a new password by it; None: it is for somebody new."""
+
+    digest: str  # of its token, which nobody can tell from it
+    role: str
+    name: str | None
+    expires: float
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class People:
             connection.execute(update(people).where(people.c.id == number).values(active=active))
             if not active:
                 connection.execute(delete(sessions).where(sessions.c.person == number))
+                connection.execute(delete(invitations).where(invitations.c.person == number, invitations.c.taken_by.is_(None)))
             self._db.note(connection, "person shut out" if not active else "person let in", by.id, after={"person": number})
 
     def check_password(self, name: str, password: str) -> Person | None:
@@ -143,40 +154,88 @@ class People:
             UserError: there is no such role.
         """
         _check_role(role)
-        token, now = secrets.token_urlsafe(24), self._db.clock()
         with self._db.write() as connection:
             if by is None:  # printed where the server starts: the last one that was printed counts
-                connection.execute(delete(invitations).where(invitations.c.role == role, invitations.c.taken_by.is_(None)))
-            connection.execute(insert(invitations).values(token=_digest(token), role=role, created=now, expires=now + INVITED))
+                new = invitations.c.person.is_(None)
+                connection.execute(delete(invitations).where(invitations.c.role == role, invitations.c.taken_by.is_(None), new))
+            token = self._new(connection, role)
             self._db.note(connection, "invited", by.id if by is not None else None, after={"role": role})
         return token
 
-    def invited(self, token: str) -> str | None:
-        """The role that an invitation gives, or None if it is not one, was taken or has ended."""
+    def new_password(self, number: int, by: Person | None = None) -> str:
+        """The token of a link by which this person may choose a new password, once, within a week. It takes the place of an earlier one.
+
+        Raises:
+            UserError: there is no such person, or they are shut out.
+        """
+        with self._db.write() as connection:
+            row = connection.execute(select(people).where(people.c.id == number)).one_or_none() if 0 < number < 2**31 else None
+            if row is None or not row.active:
+                raise UserError(f"There is no person {number} who could log in.")
+            connection.execute(delete(invitations).where(invitations.c.person == number, invitations.c.taken_by.is_(None)))
+            token = self._new(connection, row.role, number)
+            self._db.note(connection, "new password offered", by.id if by is not None else None, after={"person": number})
+        return token
+
+    def _new(self, connection: Connection, role: str, person: int | None = None) -> str:
+        token, now = secrets.token_urlsafe(24), self._db.clock()
+        row = {"token": _digest(token), "role": role, "created": now, "expires": now + INVITED, "person": person}
+        connection.execute(insert(invitations).values(**row))
+        return token
+
+    def invitations(self) -> list[Invitation]:
+        """Those that can be taken, the newest first."""
+        with self._db.read() as connection:
+            rows = connection.execute(self._open().order_by(invitations.c.created.desc(), invitations.c.token)).all()
+        return [Invitation(r.token, r.role, r.name, r.expires) for r in rows]
+
+    def revoke(self, digest: str, by: Person) -> None:
+        """End an invitation.
+
+        Raises:
+            UserError: it was taken already, or there is none.
+        """
+        with self._db.write() as connection:
+            gone = delete(invitations).where(invitations.c.token == digest, invitations.c.taken_by.is_(None))
+            if not is_unicode(digest) or not connection.execute(gone).rowcount:
+                raise UserError("This invitation was taken already, or there is none.")
+            self._db.note(connection, "invitation ended", by.id)
+
+    def invited(self, token: str) -> Invitation | None:
+        """What a link is for, or None if it is no invitation, was taken or has ended."""
         with self._db.read() as connection:
             return self._invited(connection, token)
 
-    def _invited(self, connection: Connection, token: str) -> str | None:
+    def _invited(self, connection: Connection, token: str) -> Invitation | None:
         if not is_unicode(token):
             return None
-        query = select(invitations.c.role).where(
-            invitations.c.token == _digest(token), invitations.c.taken_by.is_(None), invitations.c.expires > self._db.clock()
-        )
-        role: str | None = connection.execute(query).scalar_one_or_none()
-        return role
+        row = connection.execute(self._open().where(invitations.c.token == _digest(token))).one_or_none()
+        return None if row is None else Invitation(row.token, row.role, row.name, row.expires)
+
+    def _open(self) -> Select:
+        query = select(invitations, people.c.name).join(people, people.c.id == invitations.c.person, isouter=True)
+        return query.where(invitations.c.taken_by.is_(None), invitations.c.expires > self._db.clock())
 
     def accept(self, token: str, name: str, password: str) -> Person:
-        """Take an invitation.
+        """Take an invitation. Of one for a new password the name is known, and whoever was logged in by the old one is not any more.
 
         Raises:
             UserError: it cannot be taken any more, the name is taken, or the password is too short.
         """
-        row = self._row(name, "labeler", password)
+        told = self.invited(token)
+        row = self._row(told.name if told and told.name else name, "labeler", password)
         with self._db.write() as connection:
-            role = self._invited(connection, token)
-            if role is None:
+            invitation = self._invited(connection, token)
+            if invitation is None:
                 raise UserError("This invitation was taken already or has ended; ask for another one.")
-            person = self._insert(connection, row | {"role": role})
+            if invitation.name is None:
+                person = self._insert(connection, row | {"role": invitation.role})
+            else:
+                found = connection.execute(select(people).where(people.c.name == invitation.name)).one()
+                person = Person(found.id, found.name, found.role)
+                connection.execute(update(people).where(people.c.id == person.id).values(password=row["password"]))
+                connection.execute(delete(sessions).where(sessions.c.person == person.id))
+                self._db.note(connection, "password changed", person.id)
             connection.execute(update(invitations).where(invitations.c.token == _digest(token)).values(taken_by=person.id))
         return person
 

@@ -23,6 +23,7 @@ invitations = Table(
     Column("created", Float, nullable=False),
     Column("expires", Float, nullable=False),
     Column("taken_by", ForeignKey("people.id")),
+    Column("person", ForeignKey("people.id")),  # who chooses a new password by it; none: somebody new
 )  # fmt: skip
 
 sessions = Table(

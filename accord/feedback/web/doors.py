@@ -57,10 +57,8 @@ def logout(request: Request, session: Anyone) -> Response:
 @routes.get("/invite/{token}", response_class=HTMLResponse)
 def invitation(request: Request, token: str) -> Response:
     site = Site.of(request)
-    role = site.store.people.invited(token)
-    if role is None:
-        return _ended(site, request)
-    return site.page(request, "invite", role=role, name="", error="", shortest=SHORTEST)
+    found = site.store.people.invited(token)
+    return _ended(site, request) if found is None else site.page(request, "invite", invitation=found, name="", error="", shortest=SHORTEST)
 
 
 @routes.post("/invite/{token}", response_class=HTMLResponse)
@@ -68,14 +66,14 @@ def accept(request: Request, token: str, name: Name = "", password: Password = "
     site, address = Site.of(request), _address(request)
     if site.by_address.take(address):
         return site.page(request, "message", status=429, title="Too many attempts", text="Try again in a quarter of an hour.")
-    role = site.store.people.invited(token)
-    if role is None:
+    found = site.store.people.invited(token)
+    if found is None:
         return _ended(site, request)
     site.by_address.give_back(address)
     try:
         person = site.store.people.accept(token, name, password)
     except UserError as error:
-        return site.page(request, "invite", status=400, role=role, name=name, error=str(error), shortest=SHORTEST)
+        return site.page(request, "invite", status=400, invitation=found, name=name, error=str(error), shortest=SHORTEST)
     _end(site, request)
     return site.let_in(RedirectResponse("/", 303), person)
 

@@ -71,7 +71,7 @@ def _overview(request: Request, session: Any, status: int = 200, **told: Any) ->
     values = {"link": "", "error": "", "done": ""} | told
     return site.page(
         request, "overview", session, status, seen=seen, numbers=numbers, disputed=disputed, days=days, says=SAYS, trains=retraining is not None,
-        training=retraining is not None and retraining.running, trained=trained, accuracy=_accuracy(trained), formats=FORMATS, people=site.store.people.everyone(),
+        training=retraining is not None and retraining.running, trained=trained, accuracy=_accuracy(trained), formats=FORMATS, people=site.store.people.everyone(), invitations=site.store.people.invitations(),
         version=version, criterion=text, roles=ROLES, clock=lambda at: time.strftime("%Y-%m-%d %H:%M", time.localtime(at)), overlap=site.store.settings.overlap, **values,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def disputed(request: Request, session: Reviewer, prompt: str) -> Response:
 def decide(request: Request, session: Reviewer, prompt: Annotated[str, Form(max_length=500)]) -> Response:
     """A reviewer's ranking of a prompt, which stands in the place of all others in what is trained on."""
     given = Site.of(request).store.rule(session.person, prompt)
-    return RedirectResponse(f"/label?item={given.id}", 303)
+    return RedirectResponse(f"/label?item={given.id}&then=disputed", 303)
 
 
 @routes.get("/export/{name}.jsonl")
@@ -148,8 +148,23 @@ def retrain(request: Request, session: Owner) -> Response:
 @routes.post("/people/invite", response_class=HTMLResponse)
 def invite(request: Request, session: Owner, role: Annotated[str, Form(max_length=20)]) -> Response:
     """A link for one person."""
-    site = Site.of(request)
-    token = site.store.people.invite(role, session.person)
+    return _with_link(request, session, Site.of(request).store.people.invite(role, session.person))
+
+
+@routes.post("/people/revoke")
+def revoke(request: Request, session: Owner, invitation: Annotated[str, Form(max_length=64)]) -> Response:
+    """A link that is not to be taken any more."""
+    Site.of(request).store.people.revoke(invitation, session.person)
+    return RedirectResponse("/overview#people", 303)
+
+
+@routes.post("/people/{number}/password", response_class=HTMLResponse)
+def new_password(request: Request, session: Owner, number: int) -> Response:
+    """A link by which somebody who has forgotten their password chooses another."""
+    return _with_link(request, session, Site.of(request).store.people.new_password(number, session.person))
+
+
+def _with_link(request: Request, session: Any, token: str) -> Response:
     return _overview(request, session, link=f"{request.url.scheme}://{request.headers['host']}/invite/{token}")
 
 

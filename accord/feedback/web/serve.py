@@ -86,9 +86,21 @@ def first_owner(store: Store, at: str) -> str | None:
     return f"{at}/invite/{store.people.invite('owner')}"
 
 
-def announce(store: Store, settings: WebSettings, listening: socket.socket, note: str) -> None:
-    """Print where the pages are, and the first owner's link if there is none yet."""
+def announce(store: Store, settings: WebSettings, listening: socket.socket, note: str, forgot: str | None = None) -> None:
+    """Print where the pages are, and the first owner's link if there is none yet.
+
+    Args:
+        forgot: who is to choose a new password; its link is printed, too.
+
+    Raises:
+        UserError: there is nobody of this name, or everybody is let in.
+    """
     at = address(listening, settings)
+    if forgot is not None:
+        person = store.people.get(forgot)
+        if person is None or settings.alone is not None:
+            raise UserError(f"There is no '{forgot}' who logs in here." if person is None else "Without --accounts there are no passwords.")
+        console.print(f"{forgot} chooses a new password: {at}/invite/{store.people.new_password(person.id)}", soft_wrap=True, markup=False)
     if settings.alone is None and (link := first_owner(store, at)):
         console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
     console.print(f"Rank at {at}   ({note})", soft_wrap=True, markup=False)

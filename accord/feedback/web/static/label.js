@@ -7,6 +7,8 @@ const meta = (name) => document.querySelector(`meta[name=${name}]`).content;
 const ME = `${meta("store")}.${meta("person")}`; // another store may be served here tomorrow, with items of the same numbers
 const OUTBOX = `accord.outbox.${ME}.`; // and the request's name: tabs share it, and none undoes what another does
 const draftKey = (id) => `accord.draft.${ME}.${id}`;
+const query = new URLSearchParams(location.search);
+const then = query.get("then") === "disputed" ? "/overview#disputed" : ""; // where to when the item is done; else on to the next one
 const FLAGS = [...$("flags").content.children].map((button) => button.dataset.flag);
 const LETTERS = "ABCDEFGHI";
 const IDLE = 60_000; // milliseconds without a key or a click after which time on the item stands still
@@ -112,7 +114,8 @@ async function send() {
     wait = 1000;
     if (late) banner("");
     late = false;
-    if (item === null) await next();
+    if (item === null && then && last) location.href = then; // a decision is made
+    else if (item === null) await next();
   } catch (error) {
     failed(error);
   } finally {
@@ -491,6 +494,11 @@ document.addEventListener("keydown", (event) => {
       const choice = dialog.querySelectorAll(".choices button")[event.key - 1];
       if (choice) event.preventDefault(), choice.click();
     }
+    if (dialog.id === "earlier-dialog" && ["ArrowDown", "ArrowUp", "j", "k"].includes(event.key)) {
+      const choices = [...$("earlier-list").querySelectorAll("button")], place = choices.indexOf(document.activeElement);
+      event.preventDefault();
+      choices.at((place + (["ArrowDown", "j"].includes(event.key) ? 1 : place < 0 ? 0 : -1)) % choices.length)?.focus();
+    }
     return;
   }
   if (event.altKey || event.isComposing || event.repeat && event.key === "Enter") return;
@@ -526,6 +534,6 @@ addEventListener("online", () => { wait = 1000; send(); });
 
 // Begin: first what an earlier visit could not send, then an item: the one that was asked for, or the next.
 
-const asked = new URLSearchParams(location.search).get("item");
+const asked = query.get("item");
 if (asked) await open(asked);
 await send();
