@@ -433,7 +433,7 @@ def plan_recipe(config: ModelConfig, recipe: Recipe, splits: Mapping[str, Sequen
     judged = distinct_tokens(held, e.per_prompt, prompt, e.max_new_tokens)
     stages = [
         Stage("completions", ranked * s.per_prompt * s.max_new_tokens, sampling_seconds(pace, ranked, s.per_prompt, prompt, s.max_new_tokens, s.rows)),
-        Stage("reward model", seen * r.epochs, seen * (pace.trunk + pace.reward_step * (r.epochs + 0.3))),
+        Stage("reward model", seen * r.epochs, seen * (pace.trunk + pace.reward_step * (r.epochs + 0.3 * (1 + r.probe)))),
         Stage(f"{rl.max_steps} steps of {rl.algorithm}", rl.max_steps * rl.prompts_per_step * rl.completions_per_prompt * rl.max_new_tokens, rl_seconds(pace, rl, prompt)),
         Stage("evaluation", 2 * held * e.per_prompt * e.max_new_tokens, 2 * (sampling_seconds(pace, held, e.per_prompt, prompt, e.max_new_tokens, e.rows) + 3 * judged * pace.forward)),
     ]  # fmt: skip

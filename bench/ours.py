@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import work
 
-from accord.data.records import Completion, PairGroup, Prompt
+from accord.data.records import Completion, Pair, PairGroup, Prompt
 from accord.nn import attention, fused, logprobs, native
 from accord.nn.weights import parse_config, read_config
 from accord.plan import random_model
@@ -172,7 +172,7 @@ def reward(task):
         both = [
             Completion(Prompt(f"p{i}", prompt), a, True, k, tuple(work.encode(policy.tokenizer.inner, a))) for k, a in enumerate(answers)
         ]
-        return PairGroup(both[0].prompt, tuple(both), ((0, 1, 1.0),))
+        return PairGroup(both[0].prompt, tuple(both), (Pair(0, 1, 1.0),))
 
     def run(count, epochs):
         groups = [group(i, *p) for i, p in enumerate(work.pairs(count))]

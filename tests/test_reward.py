@@ -21,6 +21,7 @@ from accord.errors import Interrupted, UserError
 from accord.reward import training
 from accord.reward.comparison import Comparison, length_slope
 from accord.reward.model import RewardModel
+from accord.reward.probe import fit_probe
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import build_reward
 from accord.reward.training import train_reward_model
@@ -54,7 +55,8 @@ def exclaimers(n, seed=0):
     return out
 
 
-SETTINGS = dict(top_layers=2, epochs=6, learning_rate=3e-3, heldout=0.25)
+SETTINGS = dict(top_layers=2, epochs=6, learning_rate=3e-3, heldout=0.25, probe=False)
+PROBE = {**SETTINGS, "probe": True}
 
 
 @pytest.fixture
@@ -257,7 +259,7 @@ def files_of(folder):
 
 def failing(monkeypatch, at, error):
     """The reward model's optimizer step number ``at`` (from 0) raises."""
-    step, count = training._Fit.step, 0
+    step, count = training.Fit.step, 0
 
     def fails(self, *rest):
         nonlocal count
@@ -266,20 +268,20 @@ def failing(monkeypatch, at, error):
             raise error
         step(self, *rest)
 
-    monkeypatch.setattr(training._Fit, "step", fails)
+    monkeypatch.setattr(training.Fit, "step", fails)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 17, 29])  # 33 groups of 48 are trained on: five steps an epoch, thirty in all
 def test_training_goes_on_where_it_was_cut(tiny, tmp_path, monkeypatch, capsys, at):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    _, whole = train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "whole")
+    _, whole = train_reward(tiny, exclaimers(48), **PROBE, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         failing(patch, at, OSError("the power went"))
         with pytest.raises(OSError, match="the power went"):
-            train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+            train_reward(tiny, exclaimers(48), **PROBE, out=tmp_path / "cut")
     assert not (tmp_path / "cut").exists() and (tmp_path / "cut.training").exists() == (at > 0)
     capsys.readouterr()
-    _, report = train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
+    _, report = train_reward(tiny, exclaimers(48), **PROBE, out=tmp_path / "cut")
     assert (f"at step {at}" in capsys.readouterr().out) == (at > 0)
     assert report == whole and len(whole.losses) == 30
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
@@ -288,7 +290,7 @@ def test_training_goes_on_where_it_was_cut(tiny, tmp_path, monkeypatch, capsys, 
 
 def test_a_stop_keeps_the_training(tiny, tmp_path, monkeypatch):
     """Whatever the time since the last checkpoint; and what was kept before is not written again."""
-    step, count = training._Fit.step, 0
+    step, count = training.Fit.step, 0
 
     def stops(self, *rest):
         nonlocal count
@@ -297,7 +299,7 @@ def test_a_stop_keeps_the_training(tiny, tmp_path, monkeypatch):
         progress._Stop.requested = count == 7
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Fit, "step", stops)
+        patch.setattr(training.Fit, "step", stops)
         try:
             with pytest.raises(Interrupted, match="training is kept"):
                 train_reward(tiny, exclaimers(48), **SETTINGS, out=tmp_path / "cut")
@@ -336,10 +338,10 @@ def test_another_training_is_not_gone_on_with(tiny, tiny_folder, tmp_path, monke
 @pytest.mark.parametrize("tokens", [1, 60, 100])
 def test_micro_batches_have_the_gradient_of_the_whole(tiny, monkeypatch, tokens):
     _, whole = train_reward(tiny, exclaimers(48), **SETTINGS)
-    sizes, batch = [], training._Encoded.batch
-    monkeypatch.setattr(training._Encoded, "batch", lambda self, some: (sizes.append(len(some)), batch(self, some))[1])
+    sizes, batch = [], training.Encoded.batch
+    monkeypatch.setattr(training.Encoded, "batch", lambda self, some: (sizes.append(len(some)), batch(self, some))[1])
     _, parts = train_reward(tiny, exclaimers(48), **SETTINGS, micro_batch_tokens=tokens)
-    assert sum(sizes) == 33 * 6 and max(sizes) < 7
+    assert sum(sizes) == 33 * 6 + 48 and max(sizes) < 7  # and all are scored once in the end
     np.testing.assert_allclose(parts.losses[:10], whole.losses[:10], rtol=1e-3)
 
 
@@ -559,3 +561,100 @@ def test_length_control_adds_what_length_explains_while_it_trains(tiny):
         s = scores(rows).detach().numpy() + report.length_slope * np.log(rows.response_lengths.numpy())
         losses.append(np.log1p(np.exp(-(s[g.pairs[0].preferred] - s[g.pairs[0].other]))))
     assert report.length_slope > 1 and report.losses[0] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+# The probe that training begins with.
+
+
+def preferences(rng, count, noise, size=12):
+    """Groups of three with states of very unlike numbers; who is preferred follows a direction among them, as far as noise lets it."""
+    states = rng.normal(3, 1, (3 * count, size)) * np.geomspace(0.01, 100, size)
+    states[:, 4] = 7.0  # never changes
+    score = (states / states.std(0).clip(1e-9)) @ rng.normal(size=size) * 0.5 + noise * rng.normal(size=3 * count)
+    groups = []
+    for g in range(count):
+        of = score[3 * g : 3 * g + 3]
+        pairs = [
+            (i, j, float(rng.uniform(0.5, 2))) if of[i] > of[j] else (j, i, float(rng.uniform(0.5, 2))) for i, j in ((0, 1), (0, 2), (1, 2))
+        ]
+        groups.append(group(f"g{g}", "abc", pairs[: 1 + g % 3]))
+    return torch.tensor(states, dtype=torch.float32), groups, list(range(0, 3 * count, 3))
+
+
+def weighted_differences(states, groups, offsets):
+    """(P,H) of standardised states, and (P,) weights that add up to 1 in a group, plainly."""
+    scaled = states.double().numpy()
+    scaled = (scaled - scaled.mean(0)) / np.where(scaled.std(0) > 1e-6, scaled.std(0), np.inf)
+    pairs = [
+        (at + p.preferred, at + p.other, p.weight / sum(q.weight for q in g.pairs))
+        for g, at in zip(groups, offsets, strict=True)
+        for p in g.pairs
+    ]
+    return np.array([scaled[i] - scaled[j] for i, j, _ in pairs]), np.array([w for *_, w in pairs])
+
+
+def test_the_probe_is_a_ridge_logistic_regression():
+    """scikit-learn on the same differences, each from both sides, with the strength that was found."""
+    from sklearn.linear_model import LogisticRegression
+
+    states, groups, offsets = preferences(np.random.default_rng(0), 150, 1.0)
+    probe = fit_probe(states, groups, offsets)
+    x, w = weighted_differences(states, groups, offsets)
+    flip = np.where(np.arange(len(x)) % 2, 1, -1)
+    peer = LogisticRegression(C=1 / (probe.strength * len(groups)), fit_intercept=False, tol=1e-12, max_iter=10_000).fit(
+        x * flip[:, None], flip, w
+    )
+    deviation = states.double().numpy().std(0)
+    mine = probe.weight.double().numpy() * np.where(deviation > 1e-6, deviation, 0)
+    assert mine == pytest.approx(peer.coef_[0], abs=2e-4) and probe.weight[4] == 0
+    assert float((states @ probe.weight + probe.bias).mean()) == pytest.approx(0, abs=1e-3)
+
+
+def test_the_strength_is_what_other_prompts_ask_for():
+    """Preferences by chance want the strongest ridge there is, clear ones a weak one; and nothing is better predicted than it is."""
+    rng = np.random.default_rng(1)
+    strengths = {}
+    for noise in (0.0, 1.0, 1e9):
+        states, groups, offsets = preferences(rng, 200, noise)
+        probe = fit_probe(states, groups, offsets)
+        strengths[noise] = probe.strength
+        assert (probe.log_loss < 0.35) if noise == 0 else (probe.log_loss > 0.3)
+    assert strengths[0.0] <= 0.03 < strengths[1e9] and strengths[1e9] >= 1.0
+    assert probe.log_loss == pytest.approx(np.log(2), abs=0.02)  # predicted from other prompts, chance stays chance
+
+
+def test_the_probe_leaves_to_length_what_is_added_for_it():
+    """Where the gradient of the penalised likelihood, written out, is nothing."""
+    rng = np.random.default_rng(2)
+    states, groups, offsets = preferences(rng, 120, 1.0)
+    added = torch.tensor(rng.normal(size=len(states)), dtype=torch.float32)
+    probe = fit_probe(states, groups, offsets, added)
+    x, v = weighted_differences(states, groups, offsets)
+    pairs = [(at + p.preferred, at + p.other) for g, at in zip(groups, offsets, strict=True) for p in g.pairs]
+    extra = np.array([float(added[i] - added[j]) for i, j in pairs])
+    deviation = states.double().numpy().std(0)
+    w = probe.weight.double().numpy() * np.where(deviation > 1e-6, deviation, 0)
+    wrong = 1 / (1 + np.exp(x @ w + extra))
+    assert x.T @ (v * wrong) == pytest.approx(len(groups) * probe.strength * w, abs=2e-3)
+    assert np.abs(fit_probe(states, groups, offsets).weight - probe.weight).max() > 1e-3
+
+
+def test_no_epochs_are_the_probe_alone(tiny, tmp_path):
+    """Every layer as in the start, and the report says the same of the reward model and of what it began with."""
+    model, report = train_reward(tiny, exclaimers(48), **{**PROBE, "epochs": 0}, out=tmp_path / "r")
+    fresh = RewardModel.on(tiny, SETTINGS["top_layers"])
+    for name, p in fresh.scalar.trainable().items():
+        assert name.startswith("head") or torch.equal(p, dict(model.scalar.named_parameters())[name])
+    assert report.losses == [] and report.probe["accuracy"] == report.accuracy.to_json() and report.accuracy.low > 0.6
+    completions = [c for g in exclaimers(48) for c in g.completions]
+    states = fresh.states(fresh.encode(completions))
+    head = model.scalar.head
+    assert model.raw_scores(model.encode(completions)).detach().numpy() == pytest.approx(
+        (states @ head.weight[0] + head.bias).detach().numpy(), abs=1e-4
+    )
+    saved = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert saved["probe"]["strength"] == report.probe["strength"]
+    _, trained = train_reward(tiny, exclaimers(48), **PROBE)
+    assert trained.probe == report.probe and trained.losses[0] < 0.05 and trained.log_loss < report.log_loss
+    with pytest.raises(UserError, match="would train nothing"):
+        train_reward(tiny, exclaimers(48), **{**SETTINGS, "epochs": 0})

@@ -114,6 +114,19 @@ class RewardModel:
         return self.scalar(rollout, rollout.at_last).sum(1)
 
     @torch.no_grad()
+    def states(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
+        """(B,H) fp32: what the head reads."""
+        out = torch.zeros(len(rollout), self.scalar.head.in_features, device=rollout.tokens.device)
+
+        def work(tokens: int) -> None:
+            for rows in rollout.micro_batches(tokens):
+                part = rollout.select(rows)
+                out[rows] = final_states(self.scalar.model, part, self.scalar.cut, part.at_last).float()
+
+        TokenBudget(token_budget).fit(work)
+        return out
+
+    @torch.no_grad()
     def logits(self, rollout: Rollout, token_budget: int = 8192) -> Tensor:
         """(B,) raw - mean. As a classifier: the log-odds of being preferred to an average completion."""
         out = torch.zeros(len(rollout), device=rollout.tokens.device)

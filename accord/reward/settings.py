@@ -13,9 +13,10 @@ class RewardSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     top_layers: int = Field(6, ge=1, description="Layers that train, counted from the top; the rest is the shared trunk")
-    epochs: int = Field(2, ge=1, description="Passes over the training pairs")
+    epochs: int = Field(1, ge=0, description="Passes over the training pairs; 0: the probe alone")
+    probe: bool = Field(True, description="Begin with the probe of the last layer that predicts the preferences best, not by chance")
     prompts_per_step: int = Field(8, ge=1, description="Prompts an optimizer step, each with all its completions and pairs")
-    learning_rate: float = Field(2e-4, gt=0, description="AdamW; warmed up over a tenth of the steps, then falling to a tenth")
+    learning_rate: float = Field(3e-5, gt=0, description="AdamW; warmed up over a tenth of the steps, then falling to a tenth")
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
     micro_batch_tokens: int = Field(8192, ge=1, description="Padded tokens computed at once; changes memory, not results")

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from accord.nn.weights import sampled_fingerprint
 from accord.progress import bar, console, safe_point, stop_requested
 from accord.reward.comparison import RATE, Comparison, differences, length_slope
 from accord.reward.model import RewardModel
+from accord.reward.probe import fit_probe
 from accord.reward.settings import RewardSettings
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
@@ -39,6 +40,8 @@ class RewardReport:
 
     Attributes:
         accuracy: share of held-out pair weight ordered rightly; equal scores count half.
+        probe: what training began with (:func:`accord.reward.probe.fit_probe`): its ``strength``, its cross-validated ``log_loss`` on the
+            training pairs, and its own held-out ``accuracy``; None if it began by chance.
         calibration_error: expected calibration error of sigmoid(difference), ten bins.
         bins: (mean predicted probability, share that came true, pairs) for each bin.
         log_loss: of the held-out pairs, by sigmoid(difference).
@@ -49,6 +52,7 @@ class RewardReport:
     """
 
     accuracy: Estimate
+    probe: dict[str, Any] | None
     train_accuracy: float
     calibration_error: float
     log_loss: float
@@ -88,11 +92,11 @@ def train_reward_model(
         UserError: there are no pairs, a gradient is not finite, or the checkpoints are of another training.
     """
     train, heldout = ([g for g in groups if g.pairs or (g.ties and settings.ties != "drop")] for groups in (train, heldout))
+    if not settings.epochs and not settings.probe:
+        raise UserError("Reward training of 0 epochs without a probe would train nothing; set epochs to 1, or probe to true.")
     if not any(g.pairs for g in train) or not any(g.pairs for g in heldout):
         raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
-    tied = sum(p.weight for g in train for p in g.ties)
-    comparison = Comparison(settings, tied / (tied + sum(p.weight for g in train for p in g.pairs)))
-    fit = _Fit(RewardModel.on(policy, settings.top_layers, settings.seed), comparison, settings)
+    fit = Fit(RewardModel.on(policy, settings.top_layers, settings.seed), train, settings)
     about = {
         "settings": settings.model_dump(exclude={"micro_batch_tokens"}),
         "model": f"{sampled_fingerprint(fit.reward.network)} {policy.model.compute_dtype}",
@@ -102,29 +106,10 @@ def train_reward_model(
     if checkpoints:
         fit.restore(checkpoints, about, allow_changes)
     told = KEPT if fit.losses else "Nothing of the reward model has been trained yet."
-    reward, kept, saved = fit.reward, len(fit.losses), time.monotonic()
-    sets = [_Encoded.of(reward, groups, label, fit.budget, told) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))]
-    slope = length_slope(train, sets[0].lengths)
-    if settings.length_control:
-        sets[0].offset = slope * sets[0].rows.response_lengths.float().log()
-    each = math.ceil(len(train) / settings.prompts_per_step)
-    steps = settings.epochs * each
-    with bar("Reward model", steps) as progress:
-        progress.advance(len(fit.losses))
-        for epoch in range(kept // each, settings.epochs):
-            order = np.random.default_rng([settings.seed, epoch]).permutation(len(train))
-            for batch in np.array_split(order, each)[len(fit.losses) - epoch * each :]:
-                step = len(fit.losses)
-                if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
-                    checkpoints.save(step, fit.tensors(), {**about, **fit.about()}, None)
-                    kept, saved = step, time.monotonic()
-                safe_point(KEPT if checkpoints and step else "Nothing is kept of the reward model.")
-                fit.step(sets[0], batch.tolist(), _schedule(step, steps))
-                progress.advance(1, f"loss {np.mean(fit.losses[-20:]):.3f}")
-    reward.scalar.requires_grad_(False)
-    train_scores = sets[0].scores(reward)
-    reward.mean, reward.scale = float(train_scores.mean()), max(float(train_scores.std()), 1e-6)
-    return reward, _report(reward, comparison, sets, train_scores, fit.losses, slope)
+    fitted, measured = (
+        Encoded.of(fit.reward, groups, label, fit.budget, told) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))
+    )
+    return fit.reward, fit.run(fitted, measured, checkpoints, about)
 
 
 def digest(groups: Sequence[PairGroup]) -> str:
@@ -136,12 +121,19 @@ def digest(groups: Sequence[PairGroup]) -> str:
     return found.hexdigest()[:16]
 
 
-class _Fit:
-    """What changes while a reward model is trained, and so what a checkpoint holds: its trained layers, the tie parameter, Adam, the losses."""
+class Fit:
+    """What changes while a reward model is trained, and so what a checkpoint holds: its trained layers, the tie parameter, Adam, the losses.
 
-    def __init__(self, reward: RewardModel, comparison: Comparison, settings: RewardSettings) -> None:
-        self.reward, self.comparison, self.settings = reward, comparison, settings
+    Args:
+        groups: what it is going to be trained on; the tie parameter begins with their share of ties.
+    """
+
+    def __init__(self, reward: RewardModel, groups: Sequence[PairGroup], settings: RewardSettings) -> None:
+        tied, told = (sum(p.weight for g in groups for p in getattr(g, name)) for name in ("ties", "pairs"))
+        self.reward, self.settings = reward, settings
+        self.comparison = comparison = Comparison(settings, tied / (tied + told))
         self.losses: list[float] = []
+        self.probe: dict[str, Any] | None = None
         layers = reward.scalar.trainable()
         extra = {f"comparison/{name}": p for name, p in comparison.to(reward.network.device).named_parameters()}
         self._parameters = {**layers, **extra}
@@ -154,7 +146,52 @@ class _Fit:
         )  # fmt: skip
         self.budget = TokenBudget(settings.micro_batch_tokens)
 
-    def step(self, encoded: _Encoded, prompts: list[int], rate: float) -> None:
+    def run(
+        self, train: Encoded, heldout: Encoded, checkpoints: Checkpoints | None = None, about: Mapping[str, Any] | None = None
+    ) -> RewardReport:
+        """All of the training, from where it stands.
+
+        Args:
+            about: what a checkpoint says of where it is from.
+        """
+        settings, kept, saved = self.settings, len(self.losses), time.monotonic()
+        slope = length_slope(train.groups, train.lengths)
+        if settings.length_control:
+            train = replace(train, added=slope * train.rows.response_lengths.float().log())
+        if settings.probe and not self.losses:
+            self.begin(train, heldout)
+        each = math.ceil(len(train.groups) / settings.prompts_per_step)
+        steps = settings.epochs * each
+        with bar("Reward model", steps) as progress:
+            progress.advance(len(self.losses))
+            for epoch in range(kept // each, settings.epochs):
+                order = np.random.default_rng([settings.seed, epoch]).permutation(len(train.groups))
+                for batch in np.array_split(order, each)[len(self.losses) - epoch * each :]:
+                    step = len(self.losses)
+                    if checkpoints and step > kept and (stop_requested() or time.monotonic() - saved >= SAVE_EVERY):
+                        checkpoints.save(step, self.tensors(), {**(about or {}), **self.about()}, None)
+                        kept, saved = step, time.monotonic()
+                    safe_point(KEPT if checkpoints and step else "Nothing is kept of the reward model.")
+                    self.step(train, batch.tolist(), _schedule(step, steps))
+                    progress.advance(1, f"loss {np.mean(self.losses[-20:]):.3f}")
+        self.reward.scalar.requires_grad_(False)
+        scores = train.each(self.reward.raw_scores, self.budget)
+        self.reward.mean, self.reward.scale = float(scores.mean()), max(float(scores.std()), 1e-6)
+        return self._report(train, heldout, scores, slope)
+
+    @torch.no_grad()
+    def begin(self, train: Encoded, heldout: Encoded) -> None:
+        """Set the head to the probe of the untrained layers."""
+        states = train.each(self.reward.states, self.budget)
+        added = None if train.added is None else train.added[train.rows_of(range(len(train.groups)))]
+        with torch.enable_grad():
+            probe = fit_probe(states, train.groups, _starts(train.groups), added, self.settings.seed)
+        self.reward.scalar.head.weight.copy_(probe.weight[None])
+        self.reward.scalar.head.bias.fill_(probe.bias)
+        accuracy = _accuracy(heldout.compared(heldout.each(self.reward.raw_scores, self.budget)))
+        self.probe = {"strength": probe.strength, "log_loss": probe.log_loss, "accuracy": accuracy.to_json()}
+
+    def step(self, encoded: Encoded, prompts: list[int], rate: float) -> None:
         """One optimizer step over these prompts' groups. ``rate``: of the learning rate."""
         halved = self.budget.halved
         loss = self.budget.fit(lambda tokens: self._gradients(encoded, prompts, tokens))
@@ -168,26 +205,50 @@ class _Fit:
         self._adam.step()
         self.losses.append(loss)
 
-    def _gradients(self, encoded: _Encoded, prompts: list[int], tokens: int) -> float:
+    def _gradients(self, encoded: Encoded, prompts: list[int], tokens: int) -> float:
         """Accumulate the gradient of the mean over the prompts from nothing; returns that mean."""
         total = 0.0
         self._adam.zero_grad(set_to_none=True)
         for part in encoded.micro_batches(prompts, tokens):
             rows, groups, offsets = encoded.batch(part)
             scores = self.reward.raw_scores(rows)
-            if encoded.offset is not None:
-                scores = scores + encoded.offset[encoded.rows_of(part)].to(scores.device)
+            if encoded.added is not None:
+                scores = scores + encoded.added[encoded.rows_of(part)].to(scores.device)
             loss = self.comparison.loss(scores, groups, offsets) * (len(part) / len(prompts))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
+
+    @torch.no_grad()
+    def _report(self, train: Encoded, heldout: Encoded, train_scores: Tensor, slope: float) -> RewardReport:
+        scores = heldout.each(self.reward.raw_scores, self.budget)
+        fitted, told = train.compared(train_scores), heldout.compared(scores)
+        gaps, weights = np.array([c.difference for c in told]), np.array([c.weight for c in told])
+        bins, error = calibration(gaps, weights)
+        unequal = [c for c in told if c.longer != 0 and c.difference != 0]
+        longer = [c.weight * float((c.difference > 0) == (c.longer > 0)) for c in unequal]
+        return RewardReport(
+            accuracy=_accuracy(told),
+            probe=self.probe,
+            train_accuracy=float(np.average([_right(c) for c in fitted], weights=[c.weight for c in fitted])),
+            calibration_error=error,
+            log_loss=float(np.average(np.logaddexp(0, -gaps), weights=weights)),
+            bins=bins,
+            losses=self.losses,
+            train_groups=len(train.groups),
+            heldout_groups=len(heldout.groups),
+            heldout_pairs=len(told),
+            ties=None if self.settings.ties == "drop" else _ties(self.comparison, told, heldout.compared(scores, ties=True)),
+            length_slope=slope,
+            follows_length=bootstrap_ratio(longer, [c.weight for c in unequal], [c.prompt for c in unequal]) if unequal else None,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"reward/{name}": p.detach() for name, p in self._parameters.items()}
         return out | {f"optimizer/{name}": t for name, t in adam_state(self._adam, self._parameters).items()}
 
     def about(self) -> dict[str, Any]:
-        return {"losses": self.losses, "micro_batch_tokens": self.budget.tokens if self.budget.halved else None}
+        return {"losses": self.losses, "probe": self.probe, "micro_batch_tokens": self.budget.tokens if self.budget.halved else None}
 
     def restore(self, checkpoints: Checkpoints, about: Mapping[str, Any], allow_changes: bool) -> None:
         """Take over the newest checkpoint, if there is one.
@@ -217,7 +278,7 @@ class _Fit:
         for name, p in self._parameters.items():
             p.data.copy_(saved.tensors[f"reward/{name}"])
         load_adam_state(self._adam, self._parameters, under("optimizer/", saved.tensors))
-        self.losses = list(before["losses"])
+        self.losses, self.probe = list(before["losses"]), before.get("probe")
         self.budget.tokens = min(self.budget.tokens, before["micro_batch_tokens"] or self.budget.tokens)
         console.print(f"Going on with the reward model at step {saved.step}.")
 
@@ -229,15 +290,22 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @dataclass
-class _Encoded:
+class Encoded:
+    """Groups with the trunk's activations of their completions.
+
+    Attributes:
+        rows: of the completions; those of group g begin at ``offsets[g]``. There may be others among them.
+        added: (N,) what length adds to each raw score while the reward model is trained.
+    """
+
     groups: Sequence[PairGroup]
     rows: Rollout
     offsets: list[int]
-    offset: Tensor | None = None  # (N,) what length adds to each raw score while it is trained
+    added: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, reward: RewardModel, groups: Sequence[PairGroup], label: str, budget: TokenBudget, told: str) -> _Encoded:
+    def of(cls, reward: RewardModel, groups: Sequence[PairGroup], label: str, budget: TokenBudget, told: str) -> Encoded:
         completions = [c for group in groups for c in group.completions]
         rows = reward.encode(completions)
         start, cut = reward.network, reward.scalar.cut
@@ -253,10 +321,13 @@ class _Encoded:
                     progress.advance(len(index))
 
         budget.fit(fill)
-        sizes = [len(group.completions) for group in groups]
-        return cls(groups, rows, [0, *np.cumsum(sizes)[:-1].tolist()])
+        return cls(groups, rows, _starts(groups))
 
-    def micro_batches(self, indices: list[int], tokens: int) -> list[list[int]]:
+    def subset(self, indices: Sequence[int]) -> Encoded:
+        """Some of the groups, with the same rows."""
+        return Encoded([self.groups[i] for i in indices], self.rows, [self.offsets[i] for i in indices], self.added)
+
+    def micro_batches(self, indices: Sequence[int], tokens: int) -> list[list[int]]:
         """The prompts in their order, cut where their rows would have more padded tokens than that; a prompt stays whole."""
         parts: list[list[int]] = []
         rows = widest = 0
@@ -273,10 +344,9 @@ class _Encoded:
 
     def batch(self, indices: list[int]) -> tuple[Rollout, list[PairGroup], list[int]]:
         groups = [self.groups[i] for i in indices]
-        sizes = [len(group.completions) for group in groups]
-        return self.rows.select(self.rows_of(indices)), groups, [0, *np.cumsum(sizes)[:-1].tolist()]
+        return self.rows.select(self.rows_of(indices)), groups, _starts(groups)
 
-    def rows_of(self, indices: list[int]) -> Tensor:
+    def rows_of(self, indices: Sequence[int]) -> Tensor:
         """The rows of these groups' completions."""
         return torch.tensor([self.offsets[i] + k for i in indices for k in range(len(self.groups[i].completions))])
 
@@ -286,18 +356,30 @@ class _Encoded:
         own = self.rows.response_lengths.tolist()
         return [own[at : at + len(g.completions)] for g, at in zip(self.groups, self.offsets, strict=True)]
 
-    def scores(self, reward: RewardModel) -> Tensor:
-        return reward.logits(self.rows) + reward.mean
+    @torch.no_grad()
+    def each(self, tell: Callable[[Rollout], Tensor], budget: TokenBudget) -> Tensor:
+        """(n,...) what is told of the rows, a micro-batch at a time: of the first group's completions, then the second's."""
+
+        def work(tokens: int) -> Tensor:
+            parts = self.micro_batches(range(len(self.groups)), tokens)
+            return torch.cat([tell(self.batch(part)[0]).float() for part in parts])
+
+        return budget.fit(work)
 
     def compared(self, scores: Tensor, ties: bool = False) -> list[_Compared]:
-        """Every pair, or every tie."""
+        """Every pair, or every tie. ``scores``: (n,) as :meth:`each` gives them."""
         lengths = self.lengths
         return [
             _Compared(group.prompt.id, d, pair.weight, math.log(own[pair.preferred] / own[pair.other]))
-            for group, at, own in zip(self.groups, self.offsets, lengths, strict=True)
+            for group, at, own in zip(self.groups, _starts(self.groups), lengths, strict=True)
             if (some := group.ties if ties else group.pairs)
             for pair, d in zip(some, differences(scores, some, at).tolist(), strict=True)
         ]
+
+
+def _starts(groups: Sequence[PairGroup]) -> list[int]:
+    """Where each group's completions begin, one group after the other."""
+    return [0, *np.cumsum([len(group.completions) for group in groups])[:-1].tolist()]
 
 
 class _Compared(NamedTuple):
@@ -307,21 +389,16 @@ class _Compared(NamedTuple):
     longer: float  # log of the preferred's length over the other's
 
 
-@torch.no_grad()
-def _report(
-    reward: RewardModel, comparison: Comparison, sets: list[_Encoded], train_scores: Tensor, losses: list[float], slope: float
-) -> RewardReport:
-    train, heldout_scores = sets[0].compared(train_scores), sets[1].scores(reward)
-    heldout = sets[1].compared(heldout_scores)
-    prompts = [c.prompt for c in heldout]
-    gaps, weights = np.array([c.difference for c in heldout]), np.array([c.weight for c in heldout])
-    right = np.where(gaps == 0, 0.5, gaps > 0)
-    accuracy = bootstrap_ratio((right * weights).tolist(), weights.tolist(), prompts)
-    # Each pair is one event "the first of the two is preferred"; told from the side predicted likelier.
-    confidence = 1 / (1 + np.exp(-np.abs(gaps)))
+def calibration(gaps: np.ndarray, weights: np.ndarray) -> tuple[list[tuple[float, float, float]], float]:
+    """Ten bins of (mean predicted probability, share that came true, weight), and the expected calibration error.
+
+    Args:
+        gaps: (P,) the preferred's score minus the other's. Each pair is one event, told from the side predicted likelier.
+        weights: (P,)
+    """
+    confidence, right = 1 / (1 + np.exp(-np.abs(gaps))), np.where(gaps == 0, 0.5, gaps > 0)
     bins, error = [], 0.0
-    edges = np.linspace(0.5, 1.0, 11)
-    place = np.clip(np.digitize(confidence, edges) - 1, 0, 9)
+    place = np.clip(np.digitize(confidence, np.linspace(0.5, 1.0, 11)) - 1, 0, 9)
     for b in range(10):
         inside = place == b
         if weights[inside].sum() > 0:
@@ -329,23 +406,15 @@ def _report(
             came = float(np.average(right[inside], weights=weights[inside]))
             bins.append((said, came, float(weights[inside].sum())))
             error += abs(said - came) * float(weights[inside].sum() / weights.sum())
-    train_right = [0.5 if c.difference == 0 else float(c.difference > 0) for c in train]
-    unequal = [c for c in heldout if c.longer != 0 and c.difference != 0]
-    longer = [c.weight * float((c.difference > 0) == (c.longer > 0)) for c in unequal]
-    return RewardReport(
-        accuracy=accuracy,
-        train_accuracy=float(np.average(train_right, weights=[c.weight for c in train])),
-        calibration_error=error,
-        log_loss=float(np.average(np.logaddexp(0, -gaps), weights=weights)),
-        bins=bins,
-        losses=losses,
-        train_groups=len(sets[0].groups),
-        heldout_groups=len(sets[1].groups),
-        heldout_pairs=len(heldout),
-        ties=None if comparison.ties == "drop" else _ties(comparison, heldout, sets[1].compared(heldout_scores, ties=True)),
-        length_slope=slope,
-        follows_length=bootstrap_ratio(longer, [c.weight for c in unequal], [c.prompt for c in unequal]) if unequal else None,
-    )
+    return bins, error
+
+
+def _right(c: _Compared) -> float:
+    return 0.5 if c.difference == 0 else float(c.difference > 0)
+
+
+def _accuracy(compared: list[_Compared]) -> Estimate:
+    return bootstrap_ratio([c.weight * _right(c) for c in compared], [c.weight for c in compared], [c.prompt for c in compared])
 
 
 def _ties(comparison: Comparison, pairs: list[_Compared], ties: list[_Compared]) -> dict[str, float]:
