@@ -28,6 +28,7 @@ SETS = {"helpful": DATA / "hh/helpful-base.test.jsonl.gz", "harmless": DATA / "h
 VOTES = DATA / "human-votes/ukpconvarg1.part.jsonl.gz"
 PAGE = ROOT / "docs/reward-on-real-preferences.md"
 FOLDS, DRAWS, MODEL = 5, 5000, "smollm2-135m-instruct"
+PEER = "logistic regression on the last layer (scikit-learn)"
 
 
 def messages(transcript):
@@ -103,7 +104,7 @@ def peer_probe(groups, states, fold):
     for k in range(FOLDS):
         deviation = states[np.repeat(fold != k, 2)].std(0)
         x = gaps_of(groups, states / deviation)
-        model = LogisticRegressionCV(Cs=np.logspace(-5, 0, 11), cv=5, fit_intercept=False, scoring="neg_log_loss", max_iter=5000)
+        model = LogisticRegressionCV(Cs=np.logspace(-5, 0, 11), cv=5, fit_intercept=False, scoring="neg_log_loss", solver="newton-cholesky")
         gaps[fold == k] = (x @ logistic(model, x, fold != k))[fold == k]
     return gaps
 
@@ -123,39 +124,69 @@ def told(gaps, luck):
     return *mean(right(gaps), luck), float(np.logaddexp(0, -gaps).mean()), calibration(gaps, np.ones(len(gaps)))[1]
 
 
+def states_of(reward, groups, label):
+    """(N,H) what the head reads of every answer, before any layer is trained."""
+    import torch
+
+    from accord.progress import bar
+
+    out = []
+    with bar(label, len(groups)) as progress:
+        for start in range(0, len(groups), 32):
+            some = groups[start : start + 32]
+            out.append(reward.states(reward.encode([c for g in some for c in g.completions])))
+            progress.advance(len(some))
+    return torch.cat(out)
+
+
+def probe_gaps(groups, states, inside, outside, added=None):
+    """What ``accord reward --epochs 0`` gives (tests/test_reward.py, test_no_epochs_are_the_probe_alone), from states that are there."""
+    from accord.reward.probe import fit_probe
+
+    rows = [2 * i + k for i in inside for k in (0, 1)]
+    probe = fit_probe(states[rows], [groups[i] for i in inside], list(range(0, len(rows), 2)), None if added is None else added[rows])
+    return gaps_of(groups, (states @ probe.weight).tolist())[outside]
+
+
+def trained_gaps(reward, settings, groups, encoded, inside, outside):
+    from accord.nn.budget import TokenBudget
+    from accord.reward.training import Fit
+
+    Fit(reward, [groups[i] for i in inside], settings).run(encoded.subset(inside), encoded.subset(outside))
+    scores = encoded.subset(outside).each(reward.raw_scores, TokenBudget(8192)).tolist()
+    return gaps_of([groups[i] for i in outside], scores)
+
+
 def measure(name, path, finetune, settings):
     from accord.nn.budget import TokenBudget
     from accord.reward.model import RewardModel
-    from accord.reward.training import Encoded, Fit
+    from accord.reward.training import Encoded
     from accord.rollout.policy import Policy
 
     groups, prompts = hh(path)
     fold, policy = folds_of(prompts), Policy.load(MODEL)
-    start = RewardModel.on(policy, settings.top_layers)
-    encoded = Encoded.of(start, groups, f"Trunk, {name}", TokenBudget(8192), "")
-    states = encoded.each(start.states, TokenBudget(8192)).numpy()
+    new = lambda: RewardModel.on(policy, settings.top_layers)
+    states = states_of(new(), groups, f"States, {name}")
     lengths = [len(c.text) for g in groups for c in g.completions]
-    found = {"the longer one wins": np.sign(gaps_of(groups, lengths)).astype(float), "TF-IDF, Bradley-Terry": tfidf(groups, fold)}
-    found["logistic regression on the last layer (scikit-learn)"] = peer_probe(groups, states, fold)
-    for label, s, upto in (
-        ("accord reward --epochs 0", settings.model_copy(update={"epochs": 0}), FOLDS),
-        ("accord reward", settings, finetune),
-    ):
-        gaps = np.full(len(groups), np.nan)
-        for k in range(upto):
-            inside, outside = (np.flatnonzero(some).tolist() for some in (fold != k, fold == k))
-            reward = RewardModel.on(policy, s.top_layers)
-            Fit(reward, [groups[i] for i in inside], s).run(encoded.subset(inside), encoded.subset(outside))
-            scores = encoded.subset(outside).each(reward.raw_scores, TokenBudget(8192)).tolist()
-            gaps[outside] = gaps_of([groups[i] for i in outside], scores)
-            print(f"{name} {label} fold {k}: {right(gaps[outside]).mean():.4f}", flush=True)
-        if upto:
-            found[label] = gaps
+    found = {
+        "the longer one wins": np.sign(gaps_of(groups, lengths)).astype(float),
+        "TF-IDF, Bradley-Terry": tfidf(groups, fold),
+        PEER: peer_probe(groups, states.numpy(), fold),
+        "accord reward --epochs 0": np.zeros(len(groups)),
+    }
+    if finetune:
+        encoded = Encoded.of(new(), groups, f"Trunk, {name}", TokenBudget(8192), "")
+        found["accord reward"] = np.full(len(groups), np.nan)
+    for k in range(FOLDS):
+        inside, outside = (np.flatnonzero(some).tolist() for some in (fold != k, fold == k))
+        found["accord reward --epochs 0"][outside] = probe_gaps(groups, states, inside, outside)
+        if k < finetune:
+            found["accord reward"][outside] = trained_gaps(new(), settings, groups, encoded, inside, outside)
     return found
 
 
 def table(name, found, luck):
-    peer = found["logistic regression on the last layer (scikit-learn)"]
+    peer = found[PEER]
     lines = [
         f"## {name.capitalize()}: {len(peer):,} pairs", "",
         "| | accuracy, 95% interval | minus the logistic regression | log loss | calibration error | folds |", "|---|---|---|---|---|---|",
@@ -173,12 +204,13 @@ def table(name, found, luck):
     return [*lines, ""]
 
 
-def length_control(settings, train=2400, test=1200):
+def length_control(settings, train=1600, test=1000):
     """Trained on pairs of which the longer one wins most, told on as many of either kind; with the length control and without."""
+    import torch
+
     from accord.data.records import Completion, Pair, PairGroup, Prompt
-    from accord.nn.budget import TokenBudget
+    from accord.reward.comparison import length_slope
     from accord.reward.model import RewardModel
-    from accord.reward.training import Encoded, Fit
     from accord.rollout.policy import Policy
 
     with gzip.open(VOTES, "rt") as handle:
@@ -199,16 +231,18 @@ def length_control(settings, train=2400, test=1200):
             prompt, tuple(Completion(prompt, r[a], True, k) for k, a in enumerate(("a1", "a2"))), (Pair(better, 1 - better, 1.0),), ()
         )
 
-    policy = Policy.load(MODEL)
     groups = [group(r) for r in [*kept, *balanced]]
-    encoded = Encoded.of(RewardModel.on(policy, settings.top_layers), groups, "Trunk, arguments", TokenBudget(8192), "")
+    reward = RewardModel.on(Policy.load(MODEL), settings.top_layers)
+    states = states_of(reward, groups, "States, arguments")
     inside, outside = list(range(len(kept))), list(range(len(kept), len(groups)))
+    tokens = [[len(reward.tokenizer.encode_completion(c.text, True)) for c in g.completions] for g in groups]
+    slope = length_slope([groups[i] for i in inside], tokens[: len(kept)])
+    explained = slope * torch.tensor(tokens).flatten().log()
+    characters = gaps_of(groups, [len(c.text) for g in groups for c in g.completions])[outside]
     found = {}
     for control in (False, True):
-        s, reward = settings.model_copy(update={"length_control": control, "epochs": 0}), RewardModel.on(policy, settings.top_layers)
-        report = Fit(reward, groups[: len(kept)], s).run(encoded.subset(inside), encoded.subset(outside))
-        scores = encoded.subset(outside).each(reward.raw_scores, TokenBudget(8192)).tolist()
-        found[control] = (right(gaps_of([groups[i] for i in outside], scores)), report.follows_length)
+        gaps = probe_gaps(groups, states, inside, outside, explained if control else None)
+        found[control] = (right(gaps), np.mean((gaps > 0) == (characters > 0)))
     dice = np.random.default_rng(0)
     lines = [
         "## Length", "",
@@ -219,7 +253,7 @@ def length_control(settings, train=2400, test=1200):
     for control, (correct, follows) in found.items():
         value, low, high = mean(correct, dice)
         lines.append(
-            f"| {'with' if control else 'without'} length control | {value:.3f} [{low:.3f}, {high:.3f}] | {correct[:half].mean():.3f} | {correct[half:].mean():.3f} | {follows.value:.1%} |"
+            f"| {'with' if control else 'without'} length control | {value:.3f} [{low:.3f}, {high:.3f}] | {correct[:half].mean():.3f} | {correct[half:].mean():.3f} | {follows:.1%} |"
         )
     by, low, high = mean(found[True][0] - found[False][0], dice)
     return [

@@ -60,7 +60,7 @@ def main():
         invitation, doors = store.people.invite("reviewer"), listen("127.0.0.1", 0)
         with serving(store, web_settings(store, "127.0.0.1", True), doors), sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 820, "height": 460})
+            page = browser.new_page(viewport={"width": 820, "height": 560})
             for name, path in (("login", "/login"), ("invitation", f"/invite/{invitation}")):
                 page.goto(address(doors) + path)
                 page.wait_for_selector("form.door")

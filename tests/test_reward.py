@@ -639,6 +639,33 @@ def test_the_probe_leaves_to_length_what_is_added_for_it():
     assert np.abs(fit_probe(states, groups, offsets).weight - probe.weight).max() > 1e-3
 
 
+def test_too_few_to_leave_some_out():
+    """One prompt has no other folds: an ordinary ridge, and nothing is said of how it predicts."""
+    states, groups, offsets = preferences(np.random.default_rng(3), 1, 1.0)
+    probe = fit_probe(states, groups, offsets)
+    assert (probe.strength, probe.log_loss) == (1.0, None) and torch.isfinite(probe.weight).all()
+
+
+def test_a_stop_comes_through_the_probe(tiny, monkeypatch):
+    ticks = []
+
+    def stop(saved):
+        ticks.append(saved)
+        if sum("Nothing is kept" in t for t in ticks) == 7:
+            raise Interrupted(saved)
+
+    monkeypatch.setattr(training, "safe_point", stop)
+    with pytest.raises(Interrupted):
+        train_reward(tiny, exclaimers(48), **PROBE)
+
+
+def test_states_that_are_no_numbers_are_told(tiny_folder):
+    policy = Policy.load(str(tiny_folder), "float32")
+    policy.start.model.norm.weight.data[0] = float("inf")
+    with pytest.raises(UserError, match="states are not finite"):
+        train_reward(policy, exclaimers(48), **{**PROBE, "epochs": 0})
+
+
 def test_no_epochs_are_the_probe_alone(tiny, tmp_path):
     """Every layer as in the start, and the report says the same of the reward model and of what it began with."""
     model, report = train_reward(tiny, exclaimers(48), **{**PROBE, "epochs": 0}, out=tmp_path / "r")

@@ -642,6 +642,19 @@ def test_an_invitation_is_ended_and_a_forgotten_password_replaced(serve):
     waiting = people.new_password(people.get("some labeler").id)
     people.set_active(people.get("some labeler").id, False, people.get("some owner"))
     assert people.invited(waiting) is None
+    # Who is shut out has made no links any more, and was not let in by a password that was replaced while it was looked at.
+    mallory, alice = people.add("mallory", "owner", PASSWORD), people.get("some owner")
+    links = [people.new_password(alice.id, mallory), people.invite("owner", mallory)]
+    kept = people.invite("labeler", alice)
+    found = people._verified("mallory", PASSWORD)
+    people._verified = lambda *_: found
+    assert people.enter("mallory", PASSWORD)
+    people.set_active(mallory.id, False, alice)
+    assert [people.invited(link) for link in links] == [None, None] and people.invited(kept)
+    assert people.enter("mallory", PASSWORD) is None
+    people.set_active(mallory.id, True, alice)
+    people.accept(people.new_password(mallory.id), "", "another four small words")
+    assert people.enter("mallory", PASSWORD) is None
     for number in (people.everyone()[0]["id"], 999):
         with pytest.raises(UserError, match="could log in"):
             people.new_password(number)

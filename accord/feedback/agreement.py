@@ -395,12 +395,15 @@ def _ratio(tops: Any, bottoms: Any, prompts: Sequence[str], draws: int, seed: in
 
 
 def _resampled(prompts: int, statistic: Callable[[np.ndarray], float], draws: int, seed: int) -> Estimate | None:
-    """A statistic of how often each prompt is taken: of each once, with a percentile interval over resampled ones."""
+    """A statistic of how often each prompt is taken: of each once, with a percentile interval over resampled ones. None where it
+    hangs on so few prompts that one resample in twenty has nothing to tell it from."""
     value = statistic(np.ones(prompts))
     if math.isnan(value):
         return None
     luck = np.random.default_rng(seed)
     drawn = [statistic(luck.multinomial(prompts, np.full(prompts, 1 / prompts)).astype(float)) for _ in range(draws)]
+    if np.isnan(drawn).mean() > 0.05:
+        return None
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
 

@@ -115,7 +115,8 @@ def _confusion(pairs: list[tuple[Ranking, Ranking]]) -> list[list[int]]:
 def _flags(store: Store) -> dict[str, tuple[int, Estimate | None]]:
     given: dict[str, dict[str, list[tuple[str, ...]]]] = defaultdict(dict)
     for prompt, name, label in store.labels():
-        given[prompt][name] = list(label.flags) or [()] * len(label.ranks)
+        if label.flags or label.ranks:  # who skipped without a flag says nothing of them
+            given[prompt][name] = list(label.flags) or [()] * len(label.ranks)
     found = {}
     for flag in FLAGS:
         marks = [{name: [flag in some for some in said] for name, said in by_name.items()} for by_name in given.values()]

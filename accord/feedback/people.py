@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from accord.data.sources import is_unicode
@@ -112,7 +112,7 @@ class People:
         ]
 
     def set_active(self, number: int, active: bool, by: Person) -> None:
-        """Shut somebody out, or let them in again; what they said stays. Their sessions end.
+        """Shut somebody out, or let them in again; what they said stays. Their sessions end, and the links that they made.
 
         Raises:
             UserError: there is no such person, or it is the last active owner.
@@ -125,13 +125,29 @@ class People:
             if not active and row.role == "owner" and not connection.execute(owners).scalar_one():
                 raise UserError(f"'{row.name}' is the only owner; make another one first.")
             connection.execute(update(people).where(people.c.id == number).values(active=active))
+            connection.execute(delete(sessions).where(sessions.c.person == number))
             if not active:
-                connection.execute(delete(sessions).where(sessions.c.person == number))
-                connection.execute(delete(invitations).where(invitations.c.person == number, invitations.c.taken_by.is_(None)))
+                theirs = or_(invitations.c.person == number, invitations.c.made_by == number)
+                connection.execute(delete(invitations).where(theirs, invitations.c.taken_by.is_(None)))
             self._db.note(connection, "person shut out" if not active else "person let in", by.id, after={"person": number})
 
     def check_password(self, name: str, password: str) -> Person | None:
         """Who this is, or None. It takes as long for a name that there is not."""
+        found = self._verified(name, password)
+        return found and found[0]
+
+    def enter(self, name: str, password: str) -> str | None:
+        """A new session's token for whoever this is, or None. Of a password that is changed meanwhile nothing comes any more."""
+        found = self._verified(name, password)
+        if found is None:
+            return None
+        person, hashed = found
+        with self._db.write() as connection:
+            still = select(people.c.id).where(people.c.id == person.id, people.c.active, people.c.password == hashed)
+            return None if connection.execute(still).first() is None else self._begin(connection, person)
+
+    def _verified(self, name: str, password: str) -> tuple[Person, str] | None:
+        """Who this is, and the hash that says so."""
         from argon2.exceptions import InvalidHashError, VerificationError
 
         if not is_unicode(password) or not is_unicode(name) or len(password) > LONGEST or "\x00" in name:
@@ -142,7 +158,7 @@ class People:
             _hasher().verify(row.password if row is not None and row.password else _nobody(), password)
         except (VerificationError, InvalidHashError):
             return None
-        return Person(row.id, row.name, row.role) if row is not None and row.password else None
+        return (Person(row.id, row.name, row.role), row.password) if row is not None and row.password else None
 
     # Invitations.
 
@@ -158,7 +174,7 @@ class People:
             if by is None:  # printed where the server starts: the last one that was printed counts
                 new = invitations.c.person.is_(None)
                 connection.execute(delete(invitations).where(invitations.c.role == role, invitations.c.taken_by.is_(None), new))
-            token = self._new(connection, role)
+            token = self._new(connection, role, by)
             self._db.note(connection, "invited", by.id if by is not None else None, after={"role": role})
         return token
 
@@ -173,13 +189,13 @@ class People:
             if row is None or not row.active:
                 raise UserError(f"There is no person {number} who could log in.")
             connection.execute(delete(invitations).where(invitations.c.person == number, invitations.c.taken_by.is_(None)))
-            token = self._new(connection, row.role, number)
+            token = self._new(connection, row.role, by, number)
             self._db.note(connection, "new password offered", by.id if by is not None else None, after={"person": number})
         return token
 
-    def _new(self, connection: Connection, role: str, person: int | None = None) -> str:
+    def _new(self, connection: Connection, role: str, by: Person | None, person: int | None = None) -> str:
         token, now = secrets.token_urlsafe(24), self._db.clock()
-        row = {"token": _digest(token), "role": role, "created": now, "expires": now + INVITED, "person": person}
+        row = {"token": _digest(token), "role": role, "created": now, "expires": now + INVITED, "person": person, "made_by": by and by.id}
         connection.execute(insert(invitations).values(**row))
         return token
 
@@ -243,12 +259,15 @@ class People:
 
     def log_in(self, person: Person) -> str:
         """A new session's token. It is never one that was there before (so that nobody can be given theirs)."""
+        with self._db.write() as connection:
+            return self._begin(connection, person)
+
+    def _begin(self, connection: Connection, person: Person) -> str:
         token, now = secrets.token_urlsafe(32), self._db.clock()
         row = {"token": _digest(token), "person": person.id, "csrf": secrets.token_urlsafe(24), "created": now, "used": now}
-        with self._db.write() as connection:
-            connection.execute(delete(sessions).where(sessions.c.used < now - IDLE))
-            connection.execute(insert(sessions).values(**row))
-            self._db.note(connection, "logged in", person.id)
+        connection.execute(delete(sessions).where(sessions.c.used < now - IDLE))
+        connection.execute(insert(sessions).values(**row))
+        self._db.note(connection, "logged in", person.id)
         return token
 
     def session(self, token: str) -> Session | None:

@@ -24,6 +24,7 @@ invitations = Table(
     Column("expires", Float, nullable=False),
     Column("taken_by", ForeignKey("people.id")),
     Column("person", ForeignKey("people.id")),  # who chooses a new password by it; none: somebody new
+    Column("made_by", ForeignKey("people.id")),  # none: whoever started the server
 )  # fmt: skip
 
 sessions = Table(

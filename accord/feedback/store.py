@@ -529,16 +529,17 @@ class Store:
         yield from (_ranking(row.prompt_id, row) for row in self._done(kind, number, chunk))
 
     def labels(self) -> Iterator[tuple[str, str, Label]]:
-        """(prompt, labeler's name, label) of the real items, with ratings, flags and notes."""
-        yield from ((row.prompt_id, row.name, Label.of(row.label)) for row in self._done("real", FIRST))
+        """(prompt, labeler's name, label) of the real items, with ratings, flags and notes; also of those that were skipped."""
+        rows = self._done("real", FIRST, states=("done", "skipped"))
+        yield from ((row.prompt_id, row.name, Label.of(row.label)) for row in rows)
 
-    def _done(self, kind: Kind | None, number: int, chunk: int = 1000) -> Iterator[Any]:
+    def _done(self, kind: Kind | None, number: int, chunk: int = 1000, states: Sequence[str] = ("done",)) -> Iterator[Any]:
         last = 0
         while True:
             with self.database.read() as connection:
                 query = select(assignments.c.id, assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
                 query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
-                query = query.where(assignments.c.state == "done", assignments.c.round == number, assignments.c.id > last)
+                query = query.where(assignments.c.state.in_(states), assignments.c.round == number, assignments.c.id > last)
                 if kind is not None:
                     query = query.where(items.c.kind == kind)
                 rows = connection.execute(query.order_by(assignments.c.id).limit(chunk)).all()

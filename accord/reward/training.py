@@ -23,7 +23,7 @@ from accord.nn.weights import sampled_fingerprint
 from accord.progress import bar, console, safe_point, stop_requested
 from accord.reward.comparison import RATE, Comparison, differences, length_slope
 from accord.reward.model import RewardModel
-from accord.reward.probe import fit_probe
+from accord.reward.probe import TICKS, fit_probe
 from accord.reward.settings import RewardSettings
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
@@ -183,9 +183,18 @@ class Fit:
     def begin(self, train: Encoded, heldout: Encoded) -> None:
         """Set the head to the probe of the untrained layers."""
         states = train.each(self.reward.states, self.budget)
+        if not bool(torch.isfinite(states).all()):
+            raise UserError(
+                "Reward training: the starting model's own states are not finite; its weights are damaged, or its precision is too low."
+            )
         added = None if train.added is None else train.added[train.rows_of(range(len(train.groups)))]
-        with torch.enable_grad():
-            probe = fit_probe(states, train.groups, _starts(train.groups), added, self.settings.seed)
+        with torch.enable_grad(), bar("Probe", TICKS) as progress:
+
+            def tick() -> None:
+                progress.advance(1)
+                safe_point("Nothing is kept of the reward model.")
+
+            probe = fit_probe(states, train.groups, _starts(train.groups), added, self.settings.seed, tick)
         self.reward.scalar.head.weight.copy_(probe.weight[None])
         self.reward.scalar.head.bias.fill_(probe.bias)
         accuracy = _accuracy(heldout.compared(heldout.each(self.reward.raw_scores, self.budget)))
@@ -260,9 +269,8 @@ class Fit:
         if saved is None:
             return
         before = saved.about
-        changed = [
-            f"{n} (it was {v}, it is {about['settings'].get(n)})" for n, v in before["settings"].items() if about["settings"].get(n) != v
-        ]
+        settings = {"probe": False, **before["settings"]}  # there was a time without one
+        changed = [f"{n} (it was {v}, it is {about['settings'].get(n)})" for n, v in settings.items() if about["settings"].get(n) != v]
         changed += [f"the {name}" for name in ("model", "training pairs", "held-out pairs") if before.get(name) != about[name]]
         if changed and allow_changes:
             console.print(

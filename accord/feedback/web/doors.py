@@ -20,7 +20,7 @@ Password = Annotated[str, Form(max_length=2000)]
 def login_page(request: Request) -> Response:
     site = Site.of(request)
     if site.settings.alone is not None:
-        return site.let_in(RedirectResponse("/", 303), site.settings.alone)
+        return site.let_in(RedirectResponse("/", 303), site.store.people.log_in(site.settings.alone))
     return RedirectResponse("/", 303) if site.session(request) else site.page(request, "login", name="", error="")
 
 
@@ -36,13 +36,13 @@ def login(request: Request, name: Name = "", password: Password = "") -> Respons
         )
         response.headers["Retry-After"] = str(int(wait) + 1)
         return response
-    person = site.store.people.check_password(name, password)
-    if person is None:
+    token = site.store.people.enter(name, password)
+    if token is None:
         return site.page(request, "login", status=403, name=name, error="There is no such name, or this is not its password.")
     site.by_name.forget(name)
     site.by_address.give_back(address)
     _end(site, request)
-    return site.let_in(RedirectResponse("/", 303), person)
+    return site.let_in(RedirectResponse("/", 303), token)
 
 
 @routes.post("/logout")
@@ -75,7 +75,7 @@ def accept(request: Request, token: str, name: Name = "", password: Password = "
     except UserError as error:
         return site.page(request, "invite", status=400, invitation=found, name=name, error=str(error), shortest=SHORTEST)
     _end(site, request)
-    return site.let_in(RedirectResponse("/", 303), person)
+    return site.let_in(RedirectResponse("/", 303), site.store.people.log_in(person))
 
 
 def _ended(site: Site, request: Request) -> Response:

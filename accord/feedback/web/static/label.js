@@ -8,6 +8,7 @@ const ME = `${meta("store")}.${meta("person")}`; // another store may be served 
 const OUTBOX = `accord.outbox.${ME}.`; // and the request's name: tabs share it, and none undoes what another does
 const draftKey = (id) => `accord.draft.${ME}.${id}`;
 const query = new URLSearchParams(location.search);
+const asked = query.get("item");
 const then = query.get("then") === "disputed" ? "/overview#disputed" : ""; // where to when the item is done; else on to the next one
 const FLAGS = [...$("flags").content.children].map((button) => button.dataset.flag);
 const LETTERS = "ABCDEFGHI";
@@ -23,6 +24,7 @@ let before = 0; // the one that they spoke of before: differences are from it
 let expects = ""; // "rating" or "flag": what the next digit means
 let plain = false;
 let seconds = 0, ticked = Date.now(), touched = Date.now();
+let refused = false; // the answer that was sent last
 let last = null; // the item that was answered last: undo goes back to it
 let sending = false, late = false, hinted = false, wait = 1000, retry = null, draftTimer = null, drafting = Promise.resolve(), chosen = false;
 
@@ -101,11 +103,13 @@ async function send() {
       try {
         answer = await ask("POST", `/api/items/${id}/label`, body);
         if (!("new" in answer)) throw new Error("This is not the server's answer.");
+        refused = false;
       } catch (error) {
         if (passing(error)) throw error;
         if ([401, 403, 409].includes(error.status)) throw error;
         banner(`An answer was refused: ${error.message}`);
         answer = {};
+        refused = true;
       }
       localStorage.removeItem(key);
       counts(answer.work);
@@ -114,7 +118,7 @@ async function send() {
     wait = 1000;
     if (late) banner("");
     late = false;
-    if (item === null && then && last) location.href = then; // a decision is made
+    if (item === null && then && String(last) === asked && !refused) location.href = then; // a decision is made
     else if (item === null) await next();
   } catch (error) {
     failed(error);
@@ -534,6 +538,5 @@ addEventListener("online", () => { wait = 1000; send(); });
 
 // Begin: first what an earlier visit could not send, then an item: the one that was asked for, or the next.
 
-const asked = query.get("item");
 if (asked) await open(asked);
 await send();
