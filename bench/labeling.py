@@ -17,6 +17,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def start(url, port, folder):
     raise SystemExit(f"the server did not start: {server.poll()}")
 
 
-async def browser(number, at, token, csrf, think, acknowledged, times, retries):
+async def browser(number, at, cookie, token, csrf, think, acknowledged, times, retries):
     luck = random.Random(number)
     headers = {"Origin": at, "X-CSRF-Token": csrf}
 
@@ -72,7 +73,7 @@ async def browser(number, at, token, csrf, think, acknowledged, times, retries):
             retries.append(path)
             await asyncio.sleep(luck.uniform(0.1, 0.5))
 
-    async with httpx.AsyncClient(base_url=at, headers=headers, cookies={"accord_session": token}, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=at, headers=headers, cookies={cookie: token}, timeout=30) as client:
         await asyncio.sleep(luck.uniform(0, think))
         while True:
             item = (await ask("/api/next"))[0]["item"]
@@ -105,21 +106,19 @@ def measure(url, folder, arguments):
     )
     people = [store.people.add(f"labeler {n}", "labeler") for n in range(arguments.clients)]
     store.people.add("owner", "owner", "four small words here")
+    cookie = f"accord_session_{store.id[:8]}"
     tokens = [store.people.log_in(p) for p in people]
     sessions = [store.people.session(t) for t in tokens]
     store.close()
-    with httpx.Client() as _:
-        import socket
-
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     server, at = start(url, port, folder), f"http://127.0.0.1:{port}"
     acknowledged, times, retries = [{} for _ in people], [], []
 
     async def everybody():
         nonlocal server
         labeling = [
-            asyncio.create_task(browser(n, at, tokens[n], sessions[n].csrf, arguments.think, acknowledged, times, retries))
+            asyncio.create_task(browser(n, at, cookie, tokens[n], sessions[n].csrf, arguments.think, acknowledged, times, retries))
             for n in range(arguments.clients)
         ]
         luck, killed = random.Random(arguments.seed), 0
