@@ -294,10 +294,18 @@ def logged_completions(given: str | Path | Sequence[Logged] | RankedCompletions 
             raise UserError("--rankings speak of completions; give them too: --completions FILE.")
         return []
     if isinstance(given, RankedCompletions):
-        return scored_by_rank(given.completions, given.rankings)
+        return _compared(scored_by_rank(given.completions, given.rankings))
     if isinstance(given, (str, Path)):
-        return scored_by_rank(read_completions(given, with_tokens=False), read_rankings(rankings)) if rankings else read_logged(given)
+        if not rankings:
+            return read_logged(given)
+        return _compared(scored_by_rank(read_completions(given, with_tokens=False), read_rankings(rankings)))
     return list(given)
+
+
+def _compared(scored: list[Logged]) -> list[Logged]:
+    if not scored:
+        raise UserError("The rankings compare no two completions, so no scores follow from them.")
+    return scored
 
 
 def start_prompts(environment: Environment | None, prompts: Sequence[Prompt] | str | Path | None, settings: RLSettings) -> list[Prompt]:

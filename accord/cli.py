@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,7 +25,7 @@ from accord.config import (
     load_yaml,
     recipe_text,
 )
-from accord.data.records import Completion, Ranking
+from accord.data.records import RankedCompletions
 from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean, needs
 from accord.feedback.settings import QueueSettings
@@ -59,7 +59,7 @@ def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse
 
 
 def add_ranked(parser: argparse.ArgumentParser) -> None:
-    """What :func:`read_ranked` reads."""
+    """What :func:`ranked` reads."""
     parser.add_argument("--completions", metavar="FILE", help="completions that --rankings speak of (from accord sample)")
     parser.add_argument("--rankings", metavar="FILE", help="raw rankings: prompt_id, labeler, ranks")
     parser.add_argument("--store", metavar="FILE", help="instead of both: the label store of accord label, a file or a PostgreSQL URL")
@@ -68,8 +68,9 @@ def add_ranked(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_ranked(arguments: argparse.Namespace) -> tuple[dict[str, list[Completion]], list[Ranking], dict[str, float] | None]:
-    """Completions, rankings of them, and labelers' weights if they are given. Of prompts that a reviewer has decided, the decision."""
+@contextmanager
+def ranked(arguments: argparse.Namespace) -> Iterator[tuple[Iterable[RankedCompletions], dict[str, float] | None]]:
+    """Completions and rankings of them, some prompts at a time, and labelers' weights if they are given."""
     from accord.data.sources import read_completions, read_rankings, read_weights
 
     weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
@@ -77,10 +78,11 @@ def read_ranked(arguments: argparse.Namespace) -> tuple[dict[str, list[Completio
         if arguments.completions or arguments.rankings:
             raise UserError("--store has the completions and the rankings; leave out --completions and --rankings.")
         with opened(arguments.store) as store:
-            return store.completions(), list(store.settled()), weights
-    if not (arguments.rankings and arguments.completions):
+            yield store.by_prompt(), weights
+    elif arguments.rankings and arguments.completions:
+        yield [RankedCompletions(read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings))], weights
+    else:
         raise UserError("Give --rankings together with --completions, or --store.")
-    return read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings), weights
 
 
 @contextmanager
@@ -259,10 +261,10 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     out.add_argument(
         "--as",
         dest="kind",
-        choices=("groups", "pairs", "unpaired", "dataset"),
+        choices=("groups", "pairs", "unpaired", "dataset", "rankings", "completions"),
         default="pairs",
         help="groups: a prompt a row, with ties and fails; pairs: prompt, chosen, rejected (TRL); unpaired: prompt, completion, label (KTO); "
-        "dataset: a folder for datasets.load_dataset, with a card [pairs]",
+        "dataset: a folder for datasets.load_dataset, with a card; rankings, completions: as they are, to bring into another store [pairs]",
     )
     out.add_argument(
         "--fail-weight", type=float, default=1.0, metavar="X", help="weight of pairs of a ranked completion against one marked F [1]"
@@ -436,8 +438,10 @@ def do_reward(arguments: argparse.Namespace) -> None:
     if arguments.pairs:
         groups = read_pairs(arguments.pairs)
     else:
-        completions, rankings, weights = read_ranked(arguments)
-        groups = group_pairs(completions, rankings, values["fail_weight"], weights)
+        with ranked(arguments) as (some, weights):
+            given = list(some)
+        completions = {key: group for one in given for key, group in one.completions.items()}
+        groups = group_pairs(completions, [r for one in given for r in one.rankings], values["fail_weight"], weights)
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
@@ -529,9 +533,9 @@ def do_agreement(arguments: argparse.Namespace) -> None:
 def do_export(arguments: argparse.Namespace) -> None:
     from accord.feedback.export import export
 
-    completions, rankings, weights = read_ranked(arguments)
-    count = export(completions, rankings, arguments.kind, arguments.out, arguments.fail_weight, weights)
-    what = {"groups": "prompts", "unpaired": "completions"}.get(arguments.kind, "pairs")
+    with ranked(arguments) as (some, weights):
+        count = export(some, arguments.kind, arguments.out, arguments.fail_weight, weights)
+    what = {"groups": "prompts", "unpaired": "completions", "dataset": "pairs"}.get(arguments.kind, arguments.kind)
     console.print(f"{count} {what} in {arguments.out}", soft_wrap=True)
 
 

@@ -134,7 +134,7 @@ MUTANTS = [
     ("feedback/priority", ".mean(0), 1e-12", "[0], 1e-12", "uncertainty: models' disagreement does not count", "test_store.py", "uncertain_prompts"),
     ("feedback/priority", "one - other, -50, 50", "one + other, -50, 50", "uncertainty of a sum of scores", "test_store.py", "uncertain_prompts"),
     ("feedback/store", "items.c.taken < settings.overlap", "items.c.taken <= settings.overlap", "another overlap asks for one ranking too many", "test_store.py", "overlap or settings"),
-    ("feedback/store", "yield from (r for r in self.rankings() if r.prompt_id not in decided)", "yield from self.rankings()", "a reviewer's decision is one voice among others", "test_store.py", "decision"),
+    ("data/pairs", " | {prompt: [last] for prompt, last in decided.items()}", "", "a reviewer's decision counts for nothing", "test_store.py", "decision"),
     ("feedback/web/labeling", "place = {index: place for place, index in enumerate(order)}", "place = {place: index for place, index in enumerate(order)}", "ranks of the wrong completions", "test_web.py", "as_they_were_imported"),
     ("feedback/web/site", "if told != session.csrf:", "if told is None:", "any token will do", "test_web.py", "own_pages"),
     ("feedback/web/security", "if _netloc(origin) != host or not host:", "if not host:", "another page's form is taken", "test_web.py", "own_pages"),

@@ -174,6 +174,15 @@ def test_rankings_and_completions_round_trip(tmp_path):
     assert read_completions(tmp_path / "c.jsonl") == group
     with pytest.raises(UserError, match="whole numbers"):
         read_rankings(write(tmp_path, {"prompt_id": "p", "ranks": [0, 1]}))
+    good = {"prompt_id": "p", "ranks": [1, "F"]}
+    for more, told in (
+        ({"flags": ["toxic", "other"]}, "'flags' must be a list of texts for each completion"),
+        ({"flags": [[]]}, "'flags' must be a list with a value for each of the 2"),
+        ({"ratings": [1, "7"]}, "'ratings' must be whole numbers"),
+        ({"decision": 1}, "'decision' is 1; it must be true or false"),
+    ):
+        with pytest.raises(UserError, match=rf"p.jsonl:1: {told}"):
+            read_rankings(write(tmp_path, {**good, **more}))
 
 
 @pytest.mark.parametrize("bad", [{"index": "a"}, {"tokens": 5}, {"tokens": ["x"]}])
@@ -185,12 +194,11 @@ def test_bad_completions(tmp_path, bad):
 def test_scores_by_rank():
     """Three completions: a first place is +1, a middle 0, a last -1; ties share; F is last; labelers are averaged."""
     answers = {"p": [Completion(Prompt("p", "x"), t, True, i) for i, t in enumerate("abc")]}
-    scores = lambda *ranks: [one.score for one in scored_by_rank(answers, [Ranking("p", "l", r) for r in ranks])]
+    scores = lambda *ranks: [one.score for one in scored_by_rank(answers, [Ranking("p", f"l{n}", r) for n, r in enumerate(ranks)])]
     assert scores((1, 2, 3)) == [1, 0, -1] and scores((2, 2, None)) == [0.5, 0.5, -1] and scores((None, 1, None)) == [-0.5, 1, -0.5]
     assert scores((5, 6, None)) == [1, 0, -1]  # F is below a rank that is larger than the number of completions
     assert scores((1, 2, 3), (3, 2, 1)) == [0, 0, 0] and scores((1, 2, 3), (1, 3, 2)) == [1, -0.5, -0.5]
-    with pytest.raises(UserError, match="compare no two"):
-        scored_by_rank({"p": answers["p"][:1]}, [Ranking("p", "l", (1,))])
+    assert scored_by_rank({"p": answers["p"][:1]}, [Ranking("p", "l", (1,))]) == []  # nothing was compared
 
 
 def test_weightless_fails_leave_no_empty_groups():

@@ -41,3 +41,22 @@ def test_the_example_of_an_environment(tmp_path, monkeypatch):
     world = __import__("accord.rollout.environments", fromlist=["x"]).make_environment("guess:Guess")
     rollout = play_episodes(load_start("scratch", "float32", world), world, 50)
     assert set(rollout.step_rewards.sum(-1).tolist()) <= {-1.0, 0.0, 1.0}
+
+
+def test_every_link_leads_somewhere():
+    """Of the documents' links to each other, to pictures, code and benchmarks, and of their anchors."""
+    root = Path(__file__).parent.parent
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("bench/*.md")]
+    anchor = lambda title: re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+    lost = []
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, part = link.partition("#")
+            if re.match(r"https?:|mailto:", link):
+                continue
+            there = page.parent / path if path else page
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.M) if there.suffix == ".md" and there.exists() else []
+            if not there.exists() or (part and part not in map(anchor, titles)):
+                lost.append(f"{page.relative_to(root)}: {link}")
+    assert len(pages) > 10 and not lost, lost

@@ -1,13 +1,14 @@
 """What is exported is read again: by accord to the same groups, by datasets and by TRL's own checks."""
 
 import json
+import weakref
 
 import pytest
 
 from accord.cli import main
 from accord.data.pairs import group_pairs
-from accord.data.records import Completion, Prompt, Ranking
-from accord.data.sources import read_pairs
+from accord.data.records import Completion, Prompt, RankedCompletions, Ranking
+from accord.data.sources import read_completions, read_pairs, read_rankings
 from accord.disk import write_lines
 from accord.errors import UserError
 from accord.feedback.export import export
@@ -33,7 +34,7 @@ def home(chat=False, prompts=40):
 def test_groups_are_read_again_as_they_were(tmp_path, chat):
     completions, rankings = home(chat)
     weights = {"bob": 0.25}
-    assert export(completions, rankings, "groups", tmp_path / "g.jsonl", 0.5, weights) == 40
+    assert export([RankedCompletions(completions, rankings)], "groups", tmp_path / "g.jsonl", 0.5, weights) == 40
     assert read_pairs(tmp_path / "g.jsonl") == group_pairs(completions, rankings, 0.5, weights)
     row = json.loads((tmp_path / "g.jsonl").read_text(encoding="utf-8").split("\n")[0])
     assert row["rankings"] == {"v1": 1, "v2": 1} and [c["fails"] for c in row["completions"]] == [0, 0, 0, 2]
@@ -45,7 +46,7 @@ def test_pairs_are_trls_and_ours(tmp_path):
     for chat in (False, True):
         completions, rankings = home(chat)
         path = tmp_path / f"{chat}.jsonl"
-        count = export(completions, rankings, "pairs", path)
+        count = export([RankedCompletions(completions, rankings)], "pairs", path)
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         assert count == len(rows) == 20 * 7 + 20 * 5  # ann has five pairs; bob adds (1, 0) and (1, 2)
         assert all(is_conversational(row) == chat for row in rows)
@@ -63,7 +64,7 @@ def test_pairs_are_trls_and_ours(tmp_path):
 def test_unpaired_rows_by_hand(tmp_path):
     """p1, ann alone, ranks 1 2 2 F: Borda 3/3, (1-1)/3, (1-1)/3, -3/3. Those in the middle are neither good nor bad."""
     completions, rankings = home()
-    export(completions, rankings, "unpaired", tmp_path / "u.jsonl")
+    export([RankedCompletions(completions, rankings)], "unpaired", tmp_path / "u.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "u.jsonl").read_text(encoding="utf-8").split("\n") if line]
     of = lambda name: [(r["completion"], r["label"], r["weight"]) for r in rows if r["id"] == name]
     assert of("p1") == [("one 1", True, 1.0), ("é\u2028x 1", False, 1.0)]
@@ -79,7 +80,7 @@ def test_unpaired_rows_by_hand(tmp_path):
 def test_who_counts_for_nothing_does_not_decide_what_is_good(tmp_path):
     completions, _ = home(prompts=1)
     rankings = [Ranking("p0", "ann", (1, 2, 3, 4)), Ranking("p0", "bob", (4, 3, 2, 1)), Ranking("p0", "cy", (4, 3, 2, 1))]
-    export(completions, rankings, "unpaired", tmp_path / "u.jsonl", labeler_weights={"bob": 0.0, "cy": 0.5})
+    export([RankedCompletions(completions, rankings)], "unpaired", tmp_path / "u.jsonl", labeler_weights={"bob": 0.0, "cy": 0.5})
     rows = [json.loads(line) for line in (tmp_path / "u.jsonl").read_text(encoding="utf-8").split("\n") if line]
     assert [(r["label"], r["weight"]) for r in rows] == [
         (True, pytest.approx(1 / 3)), (True, pytest.approx(1 / 9)), (False, pytest.approx(1 / 9)), (False, pytest.approx(1 / 3)),
@@ -92,7 +93,7 @@ def test_a_dataset_loads(tmp_path, monkeypatch, chat):
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     completions, rankings = home(chat)
-    count = export(completions, rankings, "dataset", tmp_path / "d")
+    count = export([RankedCompletions(completions, rankings)], "dataset", tmp_path / "d")
     folder = str(tmp_path / "d")
     assert get_dataset_config_names(folder) == ["pairs", "unpaired", "rankings", "completions"]
     load = lambda *name: load_dataset(folder, *name, cache_dir=str(tmp_path / "cache"))
@@ -101,30 +102,67 @@ def test_a_dataset_loads(tmp_path, monkeypatch, chat):
     assert set(pairs["train"].column_names) == {"id", "theme", "prompt", "chosen", "rejected", "weight", "distance"}
     assert isinstance(pairs["train"][0]["prompt"], list) == chat
     raw = load("rankings")["train"]
-    again = [
-        Ranking(r["prompt_id"], r["labeler"], tuple(None if x == "F" else int(x) for x in r["ranks"]), r["criterion"], r["simulated"])
-        for r in raw
-    ]
-    assert again == rankings and len(load("completions")["train"]) == 160 and len(load("unpaired")["train"]) > 0
+    assert raw[0]["ranks"] == ["1", "2", "2", "F"] and read_rankings(tmp_path / "d/rankings/train.parquet") == rankings
+    assert read_completions(tmp_path / "d/completions/train.parquet") == completions
+    assert len(load("completions")["train"]) == 160 and len(load("unpaired")["train"]) > 0
     card = (tmp_path / "d" / "README.md").read_text()
     assert "60 rankings of 40 prompts by 2 labelers, 20 of them simulated, given by criterion v1 (40), v2 (20)" in card and "alpha" in card
+
+
+def test_what_is_read_a_few_prompts_at_a_time_is_written_the_same(tmp_path):
+    """Never more than one part is held, weights are of all of them, and a decision stands for its prompt."""
+    completions, rankings = home()
+    rankings.append(Ranking("p3", "rae", (None, 1, 1, 2), flags=(("toxic",), (), (), ()), note="no", decision=True))
+    held, most = 0, 0
+
+    def parts():
+        nonlocal held, most
+        for i in range(0, 44, 4):  # the last ones have no prompts
+            names = {f"p{k}" for k in range(i, i + 4)}
+            part = RankedCompletions(
+                {k: v for k, v in completions.items() if k in names}, [r for r in rankings if r.prompt_id in names and i != 8]
+            )
+            held += 1
+            weakref.finalize(part, let_go)
+            most = max(most, held)
+            yield part
+            del part
+
+    def let_go():
+        nonlocal held
+        held -= 1
+
+    kept = [r for r in rankings if r.prompt_id not in {"p8", "p9", "p10", "p11"}]
+    for kind in ("rankings", "completions", "groups", "pairs", "unpaired"):
+        export(parts(), kind, tmp_path / f"{kind}-parts.jsonl", 0.5, {"bob": 2.0})
+        export([RankedCompletions(completions, kept)], kind, tmp_path / f"{kind}.jsonl", 0.5, {"bob": 2.0})
+        lines = [sorted((tmp_path / f"{kind}{part}.jsonl").read_text().split("\n")) for part in ("", "-parts")]
+        assert lines[0] == lines[1] and most <= 2, kind  # the one that is made while the last one is let go
+    assert read_rankings(tmp_path / "rankings.jsonl") == kept
+    (decided,) = (g for g in read_pairs(tmp_path / "groups.jsonl") if g.prompt.id == "p3")
+    assert sorted(pair[:2] for pair in decided.pairs) == [(1, 0), (1, 3), (2, 0), (2, 3), (3, 0)]
+    export(parts(), "dataset", tmp_path / "d")
+    assert sorted(read_rankings(tmp_path / "d/rankings/train.parquet"), key=str) == sorted(kept, key=str)
+    with pytest.raises(UserError, match=r"weight for 'bo', who ranked nothing\. Did you mean 'bob'"):
+        export(parts(), "pairs", tmp_path / "x.jsonl", labeler_weights={"bo": 1.0})
+    assert not list(tmp_path.glob("*x.jsonl*"))
 
 
 def test_mistakes(tmp_path):
     completions, rankings = home()
     with pytest.raises(UserError, match=r"does not end in .jsonl"):
-        export(completions, rankings, "pairs", tmp_path / "x")
+        export([RankedCompletions(completions, rankings)], "pairs", tmp_path / "x")
     (tmp_path / "there.jsonl").write_text("")
     with pytest.raises(UserError, match="already exists"):
-        export(completions, rankings, "pairs", tmp_path / "there.jsonl")
+        export([RankedCompletions(completions, rankings)], "pairs", tmp_path / "there.jsonl")
     with pytest.raises(UserError, match="nothing to write"):
-        export(completions, [Ranking("p0", "ann", (None,) * 4)], "pairs", tmp_path / "x.jsonl")
+        export([RankedCompletions(completions, [Ranking("p0", "ann", (None,) * 4)])], "pairs", tmp_path / "x.jsonl")
     for kind in ("pairs", "unpaired"):
         with pytest.raises(UserError, match="ties only"):
-            export(completions, [Ranking("p0", "ann", (1,) * 4)], kind, tmp_path / "x.jsonl")
+            export([RankedCompletions(completions, [Ranking("p0", "ann", (1,) * 4)])], kind, tmp_path / "x.jsonl")
     chats, _ = home(chat=True)
     with pytest.raises(UserError, match="Some prompts are chats"):
-        export({**completions, "p1": chats["p1"]}, rankings, "dataset", tmp_path / "d")
+        export([RankedCompletions({**completions, "p1": chats["p1"]}, rankings)], "dataset", tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 
@@ -156,7 +194,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     write_lines(tmp_path / "c.jsonl", (c.to_json() for group in completions.values() for c in group))
     write_lines(tmp_path / "r.jsonl", (r.to_json() for r in rankings))
     command = ["export", "--completions", "c.jsonl", "--rankings", "r.jsonl"]
-    for kind, told in (("groups", "40 prompts"), ("pairs", "240 pairs"), ("unpaired", "120 completions")):
+    formats = (("groups", "40 prompts"), ("pairs", "240 pairs"), ("unpaired", "120 completions"), ("rankings", "60 rankings"), ("completions", "160 completions"))  # fmt: skip
+    for kind, told in formats:
         assert main([*command, "--as", kind, "--out", f"{kind}.jsonl"]) == 0 and f"{told} in {kind}.jsonl" in capsys.readouterr().out
     assert main([*command, "--as", "dataset", "--out", "d"]) == 0 and "240 pairs in d" in capsys.readouterr().out
     assert main([*command, "--as", "rows", "--out", "x.jsonl"]) == 2 and "groups" in capsys.readouterr().err

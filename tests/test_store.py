@@ -15,7 +15,10 @@ pytest.importorskip("sqlalchemy")
 from conftest import BINARIES
 from sqlalchemy import select, text
 
+from accord.data.pairs import opinions, rankings_by_prompt
 from accord.data.records import Completion, Prompt, Ranking
+from accord.data.sources import read_rankings
+from accord.disk import write_lines
 from accord.errors import UserError
 from accord.feedback import statements
 from accord.feedback.schema import assignments, metadata
@@ -584,22 +587,31 @@ def test_a_decision_stands_for_all_in_what_is_trained_on(make):
     for name in ("ann", "bob"):
         work(store, store.people.add(name, "labeler"), answer(1, 2))
     rae, sam = store.people.add("rae", "reviewer"), store.people.add("sam", "reviewer")
-    before = list(store.settled())
-    assert before == list(store.rankings()) and len(before) == 4
+    before = list(store.rankings())
+    settled = lambda: [r for mine in rankings_by_prompt(store.rankings()).values() for r in mine]
+    assert sorted(settled(), key=str) == sorted(before, key=str) and len(before) == 4
     given = store.rule(rae, "p1")
-    assert store.rule(rae, "p1").id == given.id and list(store.settled()) == before  # opened only
+    assert store.rule(rae, "p1").id == given.id and list(store.rankings()) == before  # opened only
     store.submit(rae, given.id, answer(2, 1), "decision-1")
     clock.now += 1
     store.submit(sam, store.rule(sam, "p1").id, answer(1, 1), "decision-2")
-    assert [(r.prompt_id, r.labeler, r.ranks) for r in store.settled()] == [
-        ("p1", "sam", (1, 1)), ("p0", "ann", (1, 2)), ("p0", "bob", (1, 2))
+    assert sorted((r.prompt_id, r.labeler, r.ranks) for r in settled()) == [
+        ("p0", "ann", (1, 2)), ("p0", "bob", (1, 2)), ("p1", "sam", (1, 1))
     ]  # fmt: skip
     clock.now += 1
     store.submit(rae, given.id, answer(2, 1), "decision-3")  # who opened it first decides it last
-    assert [r.labeler for r in store.settled() if r.prompt_id == "p1"] == ["rae"]
-    assert list(store.rankings()) == before  # raw rankings are as they were
-    ((some, rankings),) = store.ranked()
-    assert some == store.completions() and sorted(rankings, key=str) == sorted(store.settled(), key=str)
+    assert [r.labeler for r in settled() if r.prompt_id == "p1"] == ["rae"]
+    assert opinions(store.rankings()) == before  # raw rankings are as they were
+    parts = list(store.by_prompt(chunk=1))
+    assert [list(some.completions) for some in parts] == [["p0"], ["p1"]] and [r.decision for r in parts[1].rankings] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert {k: v for some in parts for k, v in some.completions.items()} == store.completions()
+    assert sorted((r for some in parts for r in some.rankings), key=str) == sorted(store.rankings(), key=str)
+    assert [r.labeler for r in parts[1].rankings if r.decision] == ["sam", "rae"]  # the newest last
     with pytest.raises(UserError, match="no prompt 'p9'"):
         store.rule(rae, "p9")
 
@@ -668,18 +680,27 @@ def test_an_export_imported_is_exported_the_same(make, tmp_path):
     ann, bob = (store.people.add(name, "labeler") for name in ("ann", "bob"))
     work(store, ann, answer(1, 2, None))
     store.set_criterion("Be better.")
-    work(store, bob, answer(2, 2, 1), limit=3)
+    work(store, bob, Label((2, 2, 1), (7, None, 1), (("toxic", "other"), (), ()), "said  so \u2028"), limit=3)
+    store.submit(ann, store.rule(ann, "p1").id, answer(3, 1, 1), "decided")
     rankings = list(store.rankings())
+    write_lines(tmp_path / "r.jsonl", (r.to_json() for r in rankings))
+    assert read_rankings(tmp_path / "r.jsonl") == rankings and rankings[-1].decision
+    assert store.add_rankings(rankings) == 0  # they are all there
     copy = Store.open(tmp_path / "copy.db", QueueSettings(overlap=2, gold_share=0, repeat_share=0), Clock())
     with pytest.raises(UserError, match="import them first"):
         copy.add_rankings(rankings)
     copy.add_items(store.completions())
     assert copy.people.everyone() == []  # all or nothing
-    assert copy.add_rankings(rankings) == 8 and copy.add_rankings(rankings) == 0
+    assert copy.add_rankings(rankings) == 9 and copy.add_rankings(rankings) == 0
     assert list(copy.rankings()) == rankings and copy.completions() == store.completions() and copy.progress() == store.progress()
     assert copy.criterion() is None  # versions without their text are in force nowhere
     with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
         copy.add_rankings([Ranking("p0", "ann", (3, 2, 1))])
+    with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
+        copy.add_rankings([Ranking("p0", "ann", (1, 2, None), note="but")])
+    with pytest.raises(UserError, match="no flag 'toxick'"):
+        copy.add_rankings([Ranking("p0", "dee", (1, 2, None), flags=(("toxick",), (), ()))])
+    assert copy.add_rankings([Ranking("p4", "panel", (1, 2, 3), simulated=True)]) == 1 and list(copy.rankings())[8].simulated
     with pytest.raises(UserError, match="2 ranks were given for 3"):
         copy.add_rankings([Ranking("p0", "dee", (2, 1))])
     assert len(work(copy, copy.people.add("cy", "labeler"))) == 2  # two of five still want one

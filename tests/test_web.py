@@ -509,7 +509,8 @@ def test_exports_are_streams_of_what_is_there_and_a_decision_stands_for_all(serv
     assert client.post(f"/api/items/{item['id']}/label", json=answer(item, ranks=ranks)).json()["new"]
     pairs = [(r["chosen"][0], r["rejected"][0]) for r in rows("pairs") if r["id"] == "p1"]
     assert sorted(pairs) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert len(rows("rankings")) == 6 and len(rows("groups")) == 3
+    assert [r.get("decision", False) for r in rows("rankings") if r["prompt_id"] == "p1"] == [False, False, True]
+    assert len(rows("rankings")) == 7 and len(rows("groups")) == 3
     assert sum(r["rankings"] == {store.criterion()[0]: 1} for r in rows("groups")) == 1
     assert {r["completion"]: r["label"] for r in rows("unpaired") if r["id"] == "p1"} == {"a 1": True, "c 1": False}
     assert "decided" in client.get("/overview").text and {e["what"] for e in rows("events")} >= {"submitted", "opened", "opened to decide"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from accord.data.records import Completion, Logged, Pair, PairGroup, RankedCompletions, Ranking
@@ -36,13 +36,13 @@ def pairs_of(ranking: Ranking, fail_weight: float = 1.0) -> tuple[list[Pair], li
 
 
 def scored_by_rank(
-    completions: dict[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
+    completions: Mapping[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
 ) -> list[Logged]:
     """Each ranked completion with a score in [-1, 1]: the share of the prompt's others it stands above minus the share it
-    stands below, averaged over labelers (Borda's count). F stands below every rank; completions without a ranking are left out.
+    stands below, averaged over labelers (Borda's count). F stands below every rank; completions that nobody compared are left out.
     """
     given: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for ranking in rankings:
+    for ranking in (r for mine in rankings_by_prompt(rankings).values() for r in mine):
         answers_of(ranking, completions)
         trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
         if trust <= 0:
@@ -52,8 +52,6 @@ def scored_by_rank(
             if len(places) > 1:
                 above, below = sum(place < other for other in places), sum(place > other for other in places)
                 given[ranking.prompt_id, k].append(((above - below) / (len(places) - 1), trust))
-    if not given:
-        raise UserError("The rankings compare no two completions, so no scores follow from them.")
     return [
         Logged(completions[prompt][k], math.fsum(s * w for s, w in scores) / math.fsum(w for _, w in scores))
         for (prompt, k), scores in given.items()
@@ -61,20 +59,29 @@ def scored_by_rank(
 
 
 def rankings_by_prompt(rankings: Iterable[Ranking]) -> dict[str, list[Ranking]]:
-    """The rankings of each prompt, one a labeler.
+    """What stands of each prompt: one ranking a labeler, or where reviewers have decided the last decision alone.
 
     Raises:
         UserError: a labeler ranked a prompt twice.
     """
     found: dict[str, dict[str, Ranking]] = defaultdict(dict)
+    decided: dict[str, Ranking] = {}
     for ranking in rankings:
+        if ranking.decision:
+            decided[ranking.prompt_id] = ranking
+            continue
         if ranking.labeler in found[ranking.prompt_id]:
             raise UserError(f"Labeler '{ranking.labeler}' ranked the prompt '{ranking.prompt_id}' twice; keep one of the two.")
         found[ranking.prompt_id][ranking.labeler] = ranking
-    return {prompt: list(given.values()) for prompt, given in found.items()}
+    return {prompt: list(given.values()) for prompt, given in found.items()} | {prompt: [last] for prompt, last in decided.items()}
 
 
-def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> list[Completion]:
+def opinions(rankings: Iterable[Ranking]) -> list[Ranking]:
+    """What labelers said of their own accord: all but the decisions."""
+    return [ranking for ranking in rankings if not ranking.decision]
+
+
+def answers_of(ranking: Ranking, completions: Mapping[str, list[Completion]]) -> list[Completion]:
     """The completions that a ranking ranks."""
     answers = completions.get(ranking.prompt_id)
     if answers is None:
@@ -87,7 +94,7 @@ def answers_of(ranking: Ranking, completions: dict[str, list[Completion]]) -> li
 
 
 def group_pairs(
-    completions: dict[str, list[Completion]],
+    completions: Mapping[str, list[Completion]],
     rankings: Sequence[Ranking],
     fail_weight: float = 1.0,
     labeler_weights: Mapping[str, float] | None = None,
@@ -104,10 +111,8 @@ def group_pairs(
     Raises:
         UserError: a ranking is of other completions, a labeler ranked a prompt twice, or a weight is of nobody who ranked.
     """
-    weights, labelers = labeler_weights or {}, {ranking.labeler for ranking in rankings}
-    unknown = sorted(weights.keys() - labelers)
-    if unknown:
-        raise UserError(f"There is a weight for '{unknown[0]}', who ranked nothing.{did_you_mean(unknown[0], labelers)}")
+    weights = labeler_weights or {}
+    refuse_unknown(weights, {ranking.labeler for ranking in rankings})
     groups = []
     for given in rankings_by_prompt(rankings).values():
         trusts = [weights.get(ranking.labeler, 1.0) for ranking in given]
@@ -122,6 +127,14 @@ def group_pairs(
         if pairs or ties:
             groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties, sum(trusts) / len(trusts)))
     return groups
+
+
+def refuse_unknown(weights: Mapping[str, float], labelers: Collection[str]) -> None:
+    """Raises:
+    UserError: a weight is of nobody who ranked.
+    """
+    for who in sorted(weights.keys() - labelers):
+        raise UserError(f"There is a weight for '{who}', who ranked nothing.{did_you_mean(who, labelers)}")
 
 
 def _together(same: Sequence[Pair]) -> Pair:

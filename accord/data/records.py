@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 Content = str | list[dict[str, str]]
 SPLITS = ("train", "validation", "heldout")
+SELDOM = ("ratings", "flags", "note", "decision")
+"""What a ranking's row has only if somebody said it."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class Logged:
 class Ranking:
     """One labeler's judgement of the K completions of one prompt, kept as given.
 
-    ``ranks[k]`` is the rank of completion k (1 is best, equal numbers are ties) or None for ``F``:
-    nonsensical or unresponsive.
+    Attributes:
+        ranks: ``ranks[k]`` is the rank of completion k (1 is best, equal numbers are ties) or None for ``F``: nonsensical or unresponsive.
+        ratings, flags, note: what else was said, of each completion and of all; empty if nothing.
+        decision: a reviewer's, which stands in the place of everybody's ranking of the prompt in what is trained on; of several the last.
     """
 
     prompt_id: str
@@ -78,6 +82,10 @@ class Ranking:
     ranks: tuple[int | None, ...]
     criterion: str = ""
     simulated: bool = False
+    ratings: tuple[int | None, ...] = ()
+    flags: tuple[tuple[str, ...], ...] = ()
+    note: str = ""
+    decision: bool = False
 
     @property
     def places(self) -> list[float]:
@@ -85,7 +93,8 @@ class Ranking:
         return [math.inf if rank is None else float(rank) for rank in self.ranks]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "ranks": as_written(self.ranks)}
+        row = {**asdict(self), "ranks": as_written(self.ranks)}
+        return {name: value for name, value in row.items() if name not in SELDOM or value}
 
 
 def as_written(ranks: Iterable[int | None]) -> list[int | str]:

@@ -374,25 +374,46 @@ def read_weights(source: str | Path) -> dict[str, float]:
 
 
 def read_rankings(source: str | Path) -> list[Ranking]:
-    """Raw rankings as ``accord`` writes them: ``prompt_id``, ``labeler``, ``ranks`` (numbers and ``"F"``)."""
+    """Raw rankings as ``accord`` writes them: ``prompt_id``, ``labeler``, ``ranks`` (numbers and ``"F"``), and what else :class:`Ranking` has."""
     rankings = []
     for place, row in read_rows(source):
         ranks = row.get("ranks")
+        if isinstance(ranks, list):  # a table's column has one type, so that its ranks are texts
+            ranks = [int(r) if isinstance(r, str) and r.isascii() and r.isdecimal() and len(r) < 5 else r for r in ranks]
         good = isinstance(ranks, list) and ranks and all(r == "F" or (type(r) is int and 1 <= r <= MOST_RANKS) for r in ranks)
         if not good or row.get("prompt_id") in (None, ""):
             hint = _mistyped(row, [name for name in ("prompt_id", "ranks") if not row.get(name)])
             raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 to {MOST_RANKS} and \"F\".{hint}")
-        if not isinstance(row.get("simulated", False), bool):
-            raise UserError(f"{place}: 'simulated' is {row['simulated']!r}; it must be true or false.")
-        for name in ("prompt_id", "labeler", "criterion"):
+        for name in ("simulated", "decision"):
+            if not isinstance(row.get(name), bool | None):
+                raise UserError(f"{place}: '{name}' is {row[name]!r}; it must be true or false.")
+        for name in ("prompt_id", "labeler", "criterion", "note"):
             _check_unicode(str(row.get(name)), place, name)
+        ratings, flags = (_of_each(row.get(name), len(ranks), place, name) for name in ("ratings", "flags"))  # type: ignore[arg-type]
+        if any(r is not None and type(r) is not int for r in ratings):
+            raise UserError(f"{place}: 'ratings' must be whole numbers, or null where there is none.")
+        if not all(isinstance(some, list) and all(isinstance(flag, str) and is_unicode(flag) for flag in some) for some in flags):
+            raise UserError(f"{place}: 'flags' must be a list of texts for each completion.")
         rankings.append(
             Ranking(
                 str(row["prompt_id"]),
                 "unknown" if row.get("labeler") in (None, "") else str(row["labeler"]),
                 tuple(None if r == "F" else r for r in ranks),  # type: ignore[union-attr]
                 str(row.get("criterion") or ""),
-                row.get("simulated", False),
+                bool(row.get("simulated")),
+                tuple(ratings),
+                tuple(tuple(some) for some in flags),
+                str(row.get("note") or ""),
+                bool(row.get("decision")),
             )
         )
     return rankings
+
+
+def _of_each(value: Any, count: int, place: str, field: str) -> list[Any]:
+    """Nothing, or a value for each completion."""
+    if value in (None, []):
+        return []
+    if not isinstance(value, list) or len(value) != count:
+        raise UserError(f"{place}: '{field}' must be a list with a value for each of the {count} completions.")
+    return value

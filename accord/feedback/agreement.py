@@ -1,6 +1,6 @@
 """How far labelers agree, with each other and with known answers, and how much each is worth.
 
-Everything is computed from raw rankings. Two completions that a labeler ranked are a *comparison*: -1 (the first is
+Everything is computed from raw rankings; a reviewer's decision, made in sight of the others', is none of them. Two completions that a labeler ranked are a *comparison*: -1 (the first is
 better), 0 (they share a rank, or both are ``F``) or 1. ``F`` stands below every rank. Which of the two is called the first
 means nothing, so statistics that know the values take every comparison from both sides.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from accord.data.pairs import rankings_by_prompt
+from accord.data.pairs import opinions, rankings_by_prompt
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.errors import UserError
@@ -206,7 +206,7 @@ def labeler_weights(rankings: Sequence[Ranking]) -> dict[str, float]:
     The log-odds of being right against a given wrong answer (:func:`dawid_skene`), which is how independent witnesses are best
     weighed, not below 0, divided by their mean.
     """
-    found = quality_of(rankings)
+    found = quality_of(opinions(rankings))
     wrong = max(len(found.categories) - 1, 1)
     odds = {who: max(0.0, math.log(q * wrong / (1 - q))) for who, raw in found.quality.items() for q in [min(max(raw, 0.01), 0.99)]}
     mean = sum(odds.values()) / len(odds)
@@ -269,6 +269,7 @@ def agreement(rankings: Sequence[Ranking], gold: str | None = None, draws: int =
     Raises:
         UserError: there are no rankings, a labeler ranked a prompt twice, two ranked different numbers of completions, or gold ranked nothing.
     """
+    rankings = opinions(rankings)
     by_prompt = _by_prompt(rankings)
     if gold is not None and not any(r.labeler == gold for r in rankings):
         raise UserError(f"No ranking is by '{gold}', who was named as gold.")

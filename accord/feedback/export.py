@@ -1,11 +1,13 @@
-"""Rankings and their completions as what others read: grouped pairs, pairs, single completions, a Hugging Face dataset.
+"""Rankings and their completions as what others read, some prompts at a time: a store may hold more than memory does.
 
-| format     | a row is                                                                     | for                          |
-|------------|------------------------------------------------------------------------------|------------------------------|
-| `groups`   | a prompt: its completions, pairs and ties with weights, fails, criteria      | ``accord reward --pairs``; loses the labelers alone |
-| `pairs`    | prompt, chosen, rejected, weight, distance                                   | TRL's reward and DPO trainers, ``accord reward --pairs`` |
-| `unpaired` | prompt, completion, label, weight                                            | TRL's KTO trainer            |
-| `dataset`  | a folder: `pairs`, `unpaired`, raw `rankings` and `completions` as Parquet, with a card | ``datasets.load_dataset`` |
+| format        | a row is                                                                     | for                          |
+|---------------|------------------------------------------------------------------------------|------------------------------|
+| `rankings`    | a ranking as it was given, decisions among them                              | ``accord reward --rankings``, ``accord label --rankings`` |
+| `completions` | a completion, ranked or not                                                  | the same commands' ``--completions`` |
+| `groups`      | a prompt: its completions, pairs and ties with weights, fails, criteria      | ``accord reward --pairs``; loses the labelers alone |
+| `pairs`       | prompt, chosen, rejected, weight, distance                                   | TRL's reward and DPO trainers, ``accord reward --pairs`` |
+| `unpaired`    | prompt, completion, label, weight                                            | TRL's KTO trainer            |
+| `dataset`     | a folder: all but `groups` as Parquet, with a card; of completions those that are ranked | ``datasets.load_dataset`` |
 
 Chat prompts give chat rows (``[{"role": "assistant", ...}]``), texts give texts, as TRL has it.
 """
@@ -14,65 +16,105 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from accord.data.pairs import group_pairs, rankings_by_prompt, scored_by_rank
-from accord.data.records import Completion, PairGroup, Prompt, Ranking, split_of
+from accord.data.pairs import group_pairs, pairs_of, rankings_by_prompt, refuse_unknown, scored_by_rank
+from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, Ranking, split_of
 from accord.disk import whole_folder, write_lines
 from accord.errors import UserError
 from accord.feedback.agreement import agreement
 
-Format = Literal["groups", "pairs", "unpaired", "dataset"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Rows = Literal["rankings", "completions", "groups", "pairs", "unpaired"]
+Format = Rows | Literal["dataset"]
 SPLITS = {"train": "train", "validation": "validation", "heldout": "test"}
 """accord's name of a split -> the one that others use."""
 
 
 def export(
-    completions: Mapping[str, list[Completion]],
-    rankings: Sequence[Ranking],
-    kind: Format,
-    out: Path,
-    fail_weight: float = 1.0,
-    labeler_weights: Mapping[str, float] | None = None,
-) -> int:
+    ranked: Iterable[RankedCompletions], kind: Format, out: Path, fail_weight: float = 1.0, labeler_weights: Mapping[str, float] | None = None
+) -> int:  # fmt: skip
     """Write a file, or for ``dataset`` a folder; returns how many rows, of a dataset how many pairs.
 
+    Args:
+        ranked: some prompts each, with all rankings of them; read once, and one at a time.
+
     Raises:
-        UserError: rankings and completions do not belong together, nothing follows from them, ``out`` exists or cannot be written.
+        UserError: rankings and completions do not belong together, nothing follows from them, a weight is of nobody who ranked,
+            ``out`` exists or cannot be written.
     """
     if out.exists():
         raise UserError(f"{out} already exists; choose another --out or delete it.")
     if kind != "dataset" and out.suffix != ".jsonl":
         raise UserError(f"{out} does not end in .jsonl, which is what is written; give --out {out}.jsonl.")
-    given = dict(completions)
-    groups = group_pairs(given, rankings, fail_weight, labeler_weights)
-    if not groups:
-        raise UserError("No pair and no tie follows from these rankings, so there is nothing to write.")
-    if kind != "groups" and not any(group.pairs for group in groups):
-        raise UserError("These rankings hold ties only, and no pair follows from them; --as groups keeps ties.")
+    seen = _Seen(ranked, labeler_weights or {})
     if kind == "dataset":
-        pairs = list(pair_rows(groups))
         with whole_folder(out) as aside:
-            _write_dataset(aside, out.name, given, rankings, pairs, list(unpaired_rows(given, rankings, labeler_weights)))
-        return len(pairs)
-    rows = {
-        "groups": lambda: group_rows(groups, rankings),
-        "pairs": lambda: pair_rows(groups),
-        "unpaired": lambda: unpaired_rows(given, rankings, labeler_weights),
-    }[kind]()
+            count = _write_dataset(aside, out.name, seen, fail_weight)
+            seen.check(kind, count)
+        return count
     count = 0
 
     def counted() -> Iterator[dict[str, Any]]:
         nonlocal count
-        for row in rows:
-            count += 1
-            yield row
+        for some, weights in seen:
+            for row in rows(kind, some, fail_weight, weights):
+                count += 1
+                yield row
+        seen.check(kind, count)
 
     write_lines(out, counted())
     return count
+
+
+class _Seen:
+    """Goes through what is ranked, with the weights of those who ranked it, and remembers what the whole of it must be asked for."""
+
+    def __init__(self, ranked: Iterable[RankedCompletions], weights: Mapping[str, float]) -> None:
+        self._ranked, self._weights = ranked, weights
+        self.labelers: set[str] = set()
+        self._ties = False
+
+    def __iter__(self) -> Iterator[tuple[RankedCompletions, dict[str, float]]]:
+        for some in self._ranked:
+            here = {r.labeler for r in some.rankings}
+            self.labelers |= here
+            self._ties = self._ties or any(pairs_of(r)[1] for r in some.rankings)
+            yield some, {who: weight for who, weight in self._weights.items() if who in here}
+
+    def check(self, kind: Format, count: int) -> None:
+        """Raises:
+        UserError: what was written is not what was asked for.
+        """
+        refuse_unknown(self._weights, self.labelers)
+        if count:
+            return
+        if kind in ("rankings", "completions"):
+            raise UserError(f"There are no {kind}, so there is nothing to write.")
+        if self._ties and kind != "groups":
+            raise UserError("These rankings hold ties only, and no pair follows from them; --as groups keeps ties.")
+        raise UserError("No pair and no tie follows from these rankings, so there is nothing to write.")
+
+
+def rows(
+    kind: Rows, ranked: RankedCompletions, fail_weight: float = 1.0, labeler_weights: Mapping[str, float] | None = None
+) -> Iterator[dict[str, Any]]:
+    """What a file of this format has of some prompts."""
+    if kind == "rankings":
+        yield from (r.to_json() for r in ranked.rankings)
+    elif kind == "completions":
+        yield from (c.to_json() for group in ranked.completions.values() for c in group)
+    elif kind == "unpaired":
+        yield from unpaired_rows(ranked.completions, ranked.rankings, labeler_weights)
+    else:
+        groups = group_pairs(ranked.completions, ranked.rankings, fail_weight, labeler_weights)
+        yield from pair_rows(groups) if kind == "pairs" else group_rows(groups, ranked.rankings)
 
 
 def group_rows(groups: Sequence[PairGroup], rankings: Iterable[Ranking]) -> Iterator[dict[str, Any]]:
@@ -106,7 +148,7 @@ def pair_rows(groups: Iterable[PairGroup]) -> Iterator[dict[str, Any]]:
 
 
 def unpaired_rows(
-    completions: dict[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
+    completions: Mapping[str, list[Completion]], rankings: Sequence[Ranking], labeler_weights: Mapping[str, float] | None = None
 ) -> Iterator[dict[str, Any]]:
     """A row a completion: good (``label``) if it stands above more of its prompt's others than below, averaged over labelers;
     ``weight`` is by how much (:func:`accord.data.pairs.scored_by_rank`). One that stands in the middle is neither."""
@@ -123,51 +165,96 @@ def _answer(prompt: Prompt, completion: Completion) -> Any:
     return completion.text if isinstance(prompt.content, str) else [{"role": "assistant", "content": completion.text}]
 
 
-def _write_dataset(
-    folder: Path,
-    name: str,
-    completions: dict[str, list[Completion]],
-    rankings: Sequence[Ranking],
-    pairs: list[dict[str, Any]],
-    unpaired: list[dict[str, Any]],
-) -> None:
-    ranked = {r.prompt_id for r in rankings}
-    chats = {isinstance(group[0].prompt.content, list) for key, group in completions.items() if key in ranked}
-    if len(chats) > 1:
-        raise UserError("Some prompts are chats and some are texts, which one table cannot hold; export groups, or make them all one kind.")
+def _write_dataset(folder: Path, name: str, seen: _Seen, fail_weight: float) -> int:
+    """Table by table as the rows come; of everything only the rankings are kept, for the card. Returns how many pairs."""
+    chats: set[bool] = set()
+    given: list[Ranking] = []
+    count: Counter[str] = Counter()
+    with ExitStack() as open_tables:
+        tables: dict[tuple[str, str], _Table] = {}
+        for everything, weights in seen:
+            names = {r.prompt_id for r in everything.rankings}
+            some = RankedCompletions({key: group for key, group in everything.completions.items() if key in names}, everything.rankings)
+            chats |= {isinstance(group[0].prompt.content, list) for group in some.completions.values()}
+            if len(chats) > 1:
+                raise UserError(
+                    "Some prompts are chats and some are texts, which one table cannot hold; export groups, or make them all one kind."
+                )
+            given += some.rankings
+            for kind in TABLES:
+                for row in rows(kind, some, fail_weight, weights):
+                    at = (kind, row.pop("split", "train"))
+                    if at not in tables:
+                        tables[at] = open_tables.enter_context(_Table(folder / kind / f"{at[1]}.parquet", kind, chats == {True}))
+                    tables[at].add(row)
+                    count[kind] += 1
+    if not count["pairs"]:
+        return 0
     configs: list[dict[str, Any]] = []
-    for kind, rows in (("pairs", pairs), ("unpaired", unpaired)):
-        files = []
-        for split in SPLITS.values():
-            some = [{k: v for k, v in row.items() if k != "split"} for row in rows if row["split"] == split]
-            if some:
-                _write_parquet(folder / kind / f"{split}.parquet", some)
-                files.append({"split": split, "path": f"{kind}/{split}.parquet"})
+    for kind in TABLES:
+        files = [{"split": split, "path": f"{kind}/{split}.parquet"} for split in SPLITS.values() if (kind, split) in tables]
         if files:
             configs.append({"config_name": kind, "data_files": files})
-    raw = [c.to_json() for key, group in completions.items() if key in ranked for c in group]
-    for kind, rows in (("rankings", [_flat_ranking(r) for r in rankings]), ("completions", raw)):
-        _write_parquet(folder / kind / "train.parquet", rows)
-        configs.append({"config_name": kind, "data_files": [{"split": "train", "path": f"{kind}/train.parquet"}]})
     configs[0]["default"] = True
-    (folder / "README.md").write_text(_card(name, configs, rankings, pairs, unpaired), encoding="utf-8")
+    (folder / "README.md").write_text(_card(name, configs, given, count), encoding="utf-8")
+    return count["pairs"]
 
 
-def _flat_ranking(ranking: Ranking) -> dict[str, Any]:
-    """With ranks as texts, because ``F`` is among them."""
-    row = ranking.to_json()
-    return {**row, "ranks": [str(rank) for rank in row["ranks"]]}
+TABLES: tuple[Rows, ...] = ("pairs", "unpaired", "rankings", "completions")
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+class _Table:
+    """A Parquet file, written a thousand rows at a time."""
+
+    def __init__(self, path: Path, kind: Rows, chat: bool) -> None:
+        import pyarrow.parquet as pq
+
+        path.parent.mkdir(exist_ok=True)
+        self._schema, self._rows = _schema(kind, chat), list[dict[str, Any]]()
+        self._writer = pq.ParquetWriter(path, self._schema)
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "ranks" in row:  # as texts, because F is among them
+            row = {**row, "ranks": [str(rank) for rank in row["ranks"]]}
+        self._rows.append(row)
+        if len(self._rows) == 1000:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+            self._rows.clear()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+
+def _schema(kind: Rows, chat: bool) -> pa.Schema:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    text, number, truth = pa.string(), pa.float64(), pa.bool_()
+    messages = pa.list_(pa.struct({"role": text, "content": text})) if chat else text
+    told = {"id": text, "theme": text, "prompt": messages}
+    columns: dict[Rows, dict[str, Any]] = {
+        "pairs": {**told, "chosen": messages, "rejected": messages, "weight": number, "distance": number},
+        "unpaired": {**told, "completion": messages, "label": truth, "weight": number},
+        "completions": {**told, "index": pa.int64(), "completion": text, "finished": truth},
+        "rankings": {
+            "prompt_id": text, "labeler": text, "ranks": pa.list_(text), "criterion": text, "simulated": truth,
+            "ratings": pa.list_(pa.int64()), "flags": pa.list_(pa.list_(text)), "note": text, "decision": truth,
+        },
+    }  # fmt: skip
+    return pa.schema(columns[kind])
 
 
-def _card(name: str, configs: list[dict[str, Any]], rankings: Sequence[Ranking], pairs: Sequence[Any], unpaired: Sequence[Any]) -> str:
+def _card(name: str, configs: list[dict[str, Any]], rankings: Sequence[Ranking], count: Mapping[str, int]) -> str:
     found = agreement(rankings)
     told = lambda value: str(value) if value is not None else "nothing to tell it from"
     criteria = Counter(r.criterion or "none named" for r in rankings)
@@ -182,10 +269,10 @@ def _card(name: str, configs: list[dict[str, Any]], rankings: Sequence[Ranking],
 
 | table | rows | what |
 |---|---|---|
-| `pairs` | {len(pairs)} | prompt, chosen, rejected; `weight` sums over labelers, `distance` is how many ranks apart. Ties are not among them |
-| `unpaired` | {len(unpaired)} | prompt, completion, label: above more of its prompt's others than below, or the reverse |
-| `rankings` | {len(rankings)} | as given: 1 is best, equal numbers are ties, `F` is nonsensical or unresponsive |
-| `completions` | | what the rankings speak of, by `id` and `index` |
+| `pairs` | {count["pairs"]} | prompt, chosen, rejected; `weight` sums over labelers, `distance` is how many ranks apart. Ties are not among them |
+| `unpaired` | {count["unpaired"]} | prompt, completion, label: above more of its prompt's others than below, or the reverse |
+| `rankings` | {count["rankings"]} | as given: 1 is best, equal numbers are ties, `F` is nonsensical or unresponsive; of a prompt with a `decision` that alone is in the pairs |
+| `completions` | {count["completions"]} | what the rankings speak of, by `id` and `index` |
 
 Prompts, not pairs, are split: `train`, `validation`, `test` follow from the prompt's id.
 

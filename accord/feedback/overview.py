@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from accord.data.pairs import opinions
 from accord.data.records import Ranking
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.feedback.agreement import Agreement, LabelerReport, agreement, comparisons, mark_kappa
@@ -62,7 +63,7 @@ class Overview:
 
 def overview(store: Store) -> Overview:
     """Reads every label; seconds for some ten thousand."""
-    rankings, effort = list(store.rankings()), store.effort()
+    rankings, effort = opinions(store.rankings()), store.effort()
     found = agreement(rankings) if rankings else None
     known = [Ranking(prompt, KNOWN, ranks) for prompt, ranks in store.known()]
     on_gold = list(store.rankings("gold"))

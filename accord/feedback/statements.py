@@ -46,7 +46,9 @@ OWN = SHOWN.where(assignments.c.person == _person)
 _known = exists().where(events.c.assignment == _key, events.c.key == bindparam("request"))
 TO_ANSWER = OWN.add_columns(_known.label("known"))
 """With whether a request of this name was taken before."""
-FIRST_OF = select(assignments).where(assignments.c.item == _item, assignments.c.person == _person, assignments.c.round == FIRST)
+GIVEN = select(assignments).where(
+    assignments.c.item == _item, assignments.c.person == _person, assignments.c.round == bindparam("of_round")
+)
 CRITERION = select(criteria).where(criteria.c.text != "").order_by(criteria.c.created.desc(), criteria.c.version).limit(1)
 ADD = insert(assignments)
 GIVE = insert(assignments).values(criterion=CRITERION.with_only_columns(criteria.c.version).scalar_subquery())

@@ -15,7 +15,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 from sqlalchemy import Connection, Update, bindparam, delete, exists, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from accord.data.records import Completion, Prompt, Ranking
+from accord.data.records import Completion, Prompt, RankedCompletions, Ranking
 from accord.errors import UserError, did_you_mean, first_line
 from accord.feedback import statements
 from accord.feedback.database import Database, check_text
@@ -35,6 +35,7 @@ from accord.feedback.statements import AGAIN, FIRST, RULING
 Kind = Literal["real", "gold", "calibration"]
 FLAGS = ("toxic", "false", "refuses needlessly", "leaks", "other")
 MOST = 9  # completions of a prompt: a digit each
+RANKED = (items.c.prompt_id, people.c.name, assignments.c.round, assignments.c.label, assignments.c.criterion)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Label:
             "note": self.note,
             "reason": self.reason,
         }
+
+    def plain(self) -> Label:
+        """The same, where what is said of no completion is not there."""
+        return replace(self, ratings=self.ratings if any(self.ratings) else (), flags=self.flags if any(self.flags) else ())
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Label:
@@ -241,7 +246,7 @@ class Store:
         return len(fresh)
 
     def add_rankings(self, rankings: Sequence[Ranking]) -> int:
-        """Import raw rankings under their labelers' names; returns how many are new. Labelers who are not there yet come without a
+        """Import raw rankings, and decisions, under their labelers' names; returns how many are new. Labelers who are not there yet come without a
         password, and versions of the criterion that are not, without their text.
 
         Raises:
@@ -258,27 +263,29 @@ class Store:
                     raise UserError(
                         f"Of '{r.prompt_id}', which '{r.labeler}' ranked, there are no completions to rank here; import them first."
                     )
-                label = Label(ranks=r.ranks)
+                label = Label(r.ranks, r.ratings, r.flags, r.note)
                 label.check(len(item.completions))
+                told = label.to_json() | ({"simulated": True} if r.simulated else {})  # until somebody changes it on the page
                 if r.labeler not in known:
                     known[r.labeler] = self.people.add_in(connection, r.labeler, "labeler").id
                 if r.criterion and r.criterion not in versions:
                     check_text(r.criterion, "A criterion's version", 80)
                     connection.execute(insert(criteria).values(version=r.criterion, text="", created=0.0))
                     versions.add(r.criterion)
-                of = {"of_item": item.id, "of_person": known[r.labeler]}
-                before = connection.execute(statements.FIRST_OF, of).one_or_none()
+                number = RULING if r.decision else FIRST
+                of = {"of_item": item.id, "of_person": known[r.labeler], "of_round": number}
+                before = connection.execute(statements.GIVEN, of).one_or_none()
                 if before is not None:
-                    if before.state != "done" or tuple(before.label["ranks"]) != r.ranks:
+                    if before.state != "done" or Label.of(before.label).plain() != label.plain():
                         raise UserError(f"'{r.labeler}' said something else of '{r.prompt_id}' here; a label is changed on the page.")
                     continue
                 values = {
-                    "item": item.id, "person": known[r.labeler], "round": FIRST, "state": "done", "lease": now, "opened": now, "closed": now,
-                    "answered": now, "answers": 1, "label": label.to_json(), "criterion": r.criterion or None,
+                    "item": item.id, "person": known[r.labeler], "round": number, "state": "done", "lease": now, "opened": now, "closed": now,
+                    "answered": now, "answers": 1, "label": told, "criterion": r.criterion or None,
                 }  # fmt: skip
                 key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
-                self._take(connection, item.id, FIRST, +1)
-                self.database.note(connection, "imported", known[r.labeler], key, after=label.to_json())
+                self._take(connection, item.id, number, +1)
+                self.database.note(connection, "imported", known[r.labeler], key, after=told)
                 new += 1
         return new
 
@@ -505,17 +512,6 @@ class Store:
             row = connection.execute(statements.WORK, {"of_person": person.id, "since": since}).one()
         return {"done": row.done, "today": row.today, "left": row.wanted - row.had}
 
-    def settled(self) -> Iterator[Ranking]:
-        """The rankings to train on: of a prompt that a reviewer has decided the newest decision alone, of others everyone's."""
-        query = select(assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
-        query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
-        query = query.where(assignments.c.state == "done", assignments.c.round == RULING)
-        with self.database.read() as connection:
-            rows = connection.execute(query.order_by(assignments.c.answered, assignments.c.id)).all()
-        decided = {row.prompt_id: _ranking(row.prompt_id, row) for row in rows}
-        yield from decided.values()
-        yield from (r for r in self.rankings() if r.prompt_id not in decided)
-
     def history(self, person: Person, limit: int = 50) -> list[Assignment]:
         """This person's own answers, the last first."""
         with self.database.read() as connection:
@@ -524,25 +520,26 @@ class Store:
             keys = connection.execute(query.limit(limit)).scalars().all()
             return [self._assignment(connection, key) for key in keys]
 
-    def rankings(self, kind: Kind | None = "real", number: int = FIRST, chunk: int = 1000) -> Iterator[Ranking]:
-        """Every ranking that stands, in the order in which they were given out; skipped items are none. ``number``: of which round."""
-        yield from (_ranking(row.prompt_id, row) for row in self._done(kind, number, chunk))
+    def rankings(self, kind: Kind = "real", number: int | None = None, chunk: int = 1000) -> Iterator[Ranking]:
+        """Every ranking that stands, in the order in which they were given out, and then reviewers' decisions, the newest last;
+        skipped items are none. ``number``: of one round only."""
+        yield from (_ranking(row) for row in self._done(kind, FIRST if number is None else number, chunk))
+        if number is None:
+            yield from (_ranking(row) for row in sorted(self._done(kind, RULING, chunk), key=lambda row: row.answered))
 
     def labels(self) -> Iterator[tuple[str, str, Label]]:
         """(prompt, labeler's name, label) of the real items, with ratings, flags and notes; also of those that were skipped."""
         rows = self._done("real", FIRST, states=("done", "skipped"))
         yield from ((row.prompt_id, row.name, Label.of(row.label)) for row in rows)
 
-    def _done(self, kind: Kind | None, number: int, chunk: int = 1000, states: Sequence[str] = ("done",)) -> Iterator[Any]:
+    def _done(self, kind: Kind, number: int, chunk: int = 1000, states: Sequence[str] = ("done",)) -> Iterator[Any]:
         last = 0
         while True:
             with self.database.read() as connection:
-                query = select(assignments.c.id, assignments.c.label, assignments.c.criterion, items.c.prompt_id, people.c.name)
+                query = select(*RANKED, assignments.c.id, assignments.c.answered)
                 query = query.join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
                 query = query.where(assignments.c.state.in_(states), assignments.c.round == number, assignments.c.id > last)
-                if kind is not None:
-                    query = query.where(items.c.kind == kind)
-                rows = connection.execute(query.order_by(assignments.c.id).limit(chunk)).all()
+                rows = connection.execute(query.where(items.c.kind == kind).order_by(assignments.c.id).limit(chunk)).all()
             yield from rows
             if len(rows) < chunk:
                 return
@@ -554,19 +551,15 @@ class Store:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
         return {row.prompt_id: _completions(row) for row in rows}
 
-    def of_prompt(self, prompt_id: str) -> tuple[list[Completion], list[tuple[Ranking, str, bool]]]:
-        """A real prompt's completions, and what people say of them: ranking, note, whether it is a reviewer's decision.
+    def of_prompt(self, prompt_id: str) -> tuple[list[Completion], list[Ranking]]:
+        """A real prompt's completions, and what people say of them.
 
         Raises:
             UserError: there is no such prompt.
         """
-        query = select(assignments, people.c.name).join(people, people.c.id == assignments.c.person)
         with self.database.read() as connection:
             row = self._real(connection, prompt_id)
-            query = query.where(assignments.c.item == row.id, assignments.c.state == "done", assignments.c.round != AGAIN)
-            given = connection.execute(query.order_by(assignments.c.id)).all()
-        said = [(_ranking(prompt_id, a), str(a.label["note"]), a.round == RULING) for a in given]
-        return _completions(row), said
+            return _completions(row), [_ranking(given) for given in _rankings_of(connection, [row.id])]
 
     def _real(self, connection: Connection, prompt_id: str) -> Any:
         check_text(prompt_id, "A prompt's id", 500)
@@ -596,29 +589,17 @@ class Store:
         with self.database.write() as connection:  # so that none with a smaller number is still on its way
             return int(connection.execute(select(func.max(events.c.id))).scalar_one() or 0)
 
-    def ranked(self, chunk: int = 500) -> Iterator[tuple[dict[str, list[Completion]], list[Ranking]]]:
-        """What :meth:`settled` and :meth:`completions` say, some prompts at a time and only those that are ranked."""
+    def by_prompt(self, chunk: int = 500) -> Iterator[RankedCompletions]:
+        """What :meth:`completions` and :meth:`rankings` say, some prompts at a time."""
         last = 0
         while True:
             with self.database.read() as connection:
                 some = connection.execute(
                     select(items).where(items.c.kind == "real", items.c.id > last).order_by(items.c.id).limit(chunk)
                 ).all()
-                query = select(assignments.c.item, assignments.c.round, assignments.c.label, assignments.c.criterion, people.c.name)
-                query = query.join(people, people.c.id == assignments.c.person).where(
-                    assignments.c.state == "done", assignments.c.item.in_([row.id for row in some]), assignments.c.round != AGAIN
-                )
-                labels = connection.execute(query.order_by(assignments.c.answered, assignments.c.id)).all()
-            mine: dict[int, list[Any]] = {}
-            for label in labels:
-                mine.setdefault(label.item, []).append(label)
-            completions, rankings = {}, []
-            for row in (row for row in some if row.id in mine):
-                completions[row.prompt_id] = _completions(row)
-                rulings = [label for label in mine[row.id] if label.round == RULING]
-                rankings += [_ranking(row.prompt_id, label) for label in rulings[-1:] or mine[row.id]]
-            if completions:
-                yield completions, rankings
+                given = _rankings_of(connection, [row.id for row in some])
+            if some:
+                yield RankedCompletions({row.prompt_id: _completions(row) for row in some}, [_ranking(row) for row in given])
             if len(some) < chunk:
                 return
             last = some[-1].id
@@ -663,9 +644,19 @@ def _completions(row: Any) -> list[Completion]:
     return [Completion(prompt, c["text"], c["finished"], k) for k, c in enumerate(row.completions)]
 
 
-def _ranking(prompt_id: str, row: Any) -> Ranking:
+def _rankings_of(connection: Connection, numbers: Sequence[int]) -> Sequence[Any]:
+    """Of items, by their numbers: what :func:`_ranking` makes rankings of, item by item, decisions after opinions and the newest last."""
+    query = select(*RANKED).join(items, items.c.id == assignments.c.item).join(people, people.c.id == assignments.c.person)
+    query = query.where(assignments.c.state == "done", assignments.c.round != AGAIN, assignments.c.item.in_(numbers))
+    return connection.execute(query.order_by(assignments.c.item, assignments.c.round, assignments.c.answered, assignments.c.id)).all()
+
+
+def _ranking(row: Any) -> Ranking:
     """What an assignment's label says, with its person's name."""
-    return Ranking(prompt_id, row.name, tuple(row.label["ranks"]), row.criterion or "")
+    said, simulated = Label.of(row.label).plain(), row.label.get("simulated", False)
+    return Ranking(
+        row.prompt_id, row.name, said.ranks, row.criterion or "", simulated, said.ratings, said.flags, said.note, row.round == RULING
+    )
 
 
 def _share(name: str) -> float:

@@ -181,6 +181,7 @@ def targets(home: Path) -> list[Target]:
     ]
     turns = [{"id": "a", "prompt": "x", "completion": "12", "score": 1.0, "turns": [{"tokens": [1], "reward": 1.0, "reply": [2]}]}]
     ranks = [{"prompt_id": "a", "labeler": "l", "ranks": [1, 2, "F"], "criterion": "c"}]
+    ranks += [{**ranks[0], "labeler": "m", "ratings": [7, None, 1], "flags": [[], ["toxic"], []], "note": "so", "decision": True}]
     answers = [{"text": "x", "finished": True}, {"text": "y"}, {"text": "z"}]
     tied = {"preferred": 1, "other": 2, "weight": 2.0, "distance": 1.0}
     groups = [{"id": "a", "prompt": "Hello", "completions": answers, "pairs": [{"preferred": 0, "other": 1}], "ties": [tied]}]

@@ -63,6 +63,6 @@ def collect(url: str, completions: Mapping[str, Sequence[Completion]], wanted: W
                         break  # what was skipped nobody else will rank
             if done < need:
                 console.print(f"{need - done} of {need} prompts were skipped.")
-        return list(store.settled())
+        return list(store.rankings())
     finally:
         store.close()

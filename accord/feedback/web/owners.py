@@ -6,19 +6,18 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, HTTPException, Request, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 
 from accord.data.charts import line_chart
-from accord.data.pairs import group_pairs
 from accord.data.records import as_written
 from accord.data.sources import read_completions
 from accord.errors import UserError
-from accord.feedback.export import group_rows, pair_rows, unpaired_rows
+from accord.feedback.export import Rows, rows
 from accord.feedback.overview import SAYS, Overview, overview
 from accord.feedback.people import ROLES
 from accord.feedback.statements import RULING
@@ -30,7 +29,7 @@ from accord.feedback.web.site import Owner, Reviewer, Site
 
 routes = APIRouter()
 SHOWN = 20  # disputed prompts
-FORMATS = ("rankings", "completions", "pairs", "groups", "unpaired", "events")
+FORMATS: tuple[Rows | Literal["events"], ...] = ("rankings", "completions", "pairs", "groups", "unpaired", "events")
 UPLOADED = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -90,7 +89,7 @@ def disputed(request: Request, session: Reviewer, prompt: str) -> Response:
     """How everybody ranked one prompt."""
     site = Site.of(request)
     completions, rankings = site.store.of_prompt(prompt)
-    ranked = [(r.labeler, as_written(r.ranks), note, ruling) for r, note, ruling in rankings]
+    ranked = [(r.labeler, as_written(r.ranks), r.note, r.decision) for r in rankings]
     return site.page(
         request, "disputed", session, prompt_id=prompt, turns=turns(completions[0].prompt.content),
         answers=[markdown(c.text) for c in completions], ranked=ranked,
@@ -107,33 +106,24 @@ def decide(request: Request, session: Reviewer, prompt: Annotated[str, Form(max_
 @routes.get("/export/{name}.jsonl")
 def export(request: Request, session: Reviewer, name: str) -> Response:
     """Everything, as it is read from the store."""
-    if name not in FORMATS:
+    kind = next((known for known in FORMATS if known == name), None)
+    if kind is None:
         raise HTTPException(404, f"There is no export '{name}'; there are {', '.join(FORMATS)}.")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(Site.of(request).store, name))
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(Site.of(request).store, kind))
     return StreamingResponse(
         lines, media_type="application/x-ndjson", headers={"Content-Disposition": f'attachment; filename="{name}.jsonl"'}
     )
 
 
-def _rows(store: Store, name: str) -> Iterator[dict[str, Any]]:
-    if name == "rankings":
-        yield from (r.to_json() for r in store.rankings())
-    elif name == "events":
+def _rows(store: Store, name: Rows | Literal["events"]) -> Iterator[dict[str, Any]]:
+    if name == "events":
         last = 0
-        while rows := store.log(last):
-            yield from rows
-            last = rows[-1]["id"]
-    elif name == "completions":
-        yield from (c.to_json() for group in store.completions().values() for c in group)
+        while events := store.log(last):
+            yield from events
+            last = events[-1]["id"]
     else:
-        for completions, rankings in store.ranked():
-            rows_of: Iterable[dict[str, Any]]
-            if name == "unpaired":
-                rows_of = unpaired_rows(completions, rankings)
-            else:
-                groups = group_pairs(completions, rankings, 1.0)
-                rows_of = pair_rows(groups) if name == "pairs" else group_rows(groups, rankings)
-            yield from rows_of
+        for some in store.by_prompt():
+            yield from rows(name, some)
 
 
 @routes.post("/retrain")

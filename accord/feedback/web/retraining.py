@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from accord.data.pairs import opinions
 from accord.disk import append_lines, read_lines, repair_lines, write_lines
 from accord.errors import UserError
 from accord.feedback.agreement import agreement
@@ -58,7 +59,7 @@ class Retraining:
         with self._lock:
             if self._running:
                 return
-            rankings = list(self._store.settled())
+            rankings = list(self._store.rankings())
             if not rankings:
                 raise UserError("Nobody has ranked anything yet, so there is nothing to train on.")
             self._running = True
@@ -68,7 +69,7 @@ class Retraining:
             write_lines(here / "rankings.jsonl", (r.to_json() for r in rankings))
             rows = (c.to_json() for key, group in self._store.completions().items() if key in ranked for c in group)
             write_lines(here / "completions.jsonl", rows)
-            given = list(self._store.rankings())
+            given = opinions(rankings)
             about: dict[str, Any] = {"at": time.time(), "rankings": len(given), "prompts": len(ranked)}
             ceiling = agreement(given).without_ties if given else None
             about["ceiling"] = ceiling.to_json() if ceiling else None
