@@ -149,7 +149,7 @@ MUTANTS = [
     ("rl/experience", "lambda tokens: score(policy.start, rollout, policy.trunk_layers,", "lambda tokens: score(policy.model, rollout, policy.split,", "reference: the policy itself, not the start", PPO, "kl_is_to_the_start"),
     ("rl/selftest", "if not (mean <= tolerance and largest <= most):", "if False:", "self-test never fails", PPO, "self_test"),
     ("rl/selftest", "    if not good:\n", "    if False:\n", "mask not checked", PPO, "self_test"),
-    ("rl/optimize", "if all(bool(torch.isfinite(norm)) for norm in norms.values()):", "if True:", "steps on a gradient that is not finite", PPO, "non_finite"),
+    ("optimizer", "if all(bool(torch.isfinite(norm)) for norm in norms.values()):", "if True:", "steps on a gradient that is not finite", PPO, "non_finite"),
     ("rl/optimize", "value, named = loss(rows.select(index), count)", "value, named = loss(rows.select(index), rows.select(index).mask.sum())", "gradient depends on the micro-batch", PPO, "micro_batch"),
     ("rl/experience", "mask = rollout.response_mask & scored.valid[:, None]", "mask = rollout.response_mask", "skipped completions train", PPO, "skipped_samples"),
     ("rollout/policy", "copy.deepcopy(b).float().requires_grad_(True)", "b.float().requires_grad_(True)", "split: the policy trains the reference's own layers", PPO, "leave_the_reference_alone"),

@@ -31,7 +31,7 @@ from accord.rl.masked import whiten
 from accord.rl.natural import conjugate_gradient, fisher_vector_product
 from accord.rl.objective import expectile_loss
 from accord.rl.offline import Log
-from accord.rl.optimize import Optimizer
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, train
@@ -781,7 +781,9 @@ def test_trpo_counts_a_gradient_that_is_not_a_number():
     e = algorithm.advantages(w.experience(), 0.1)
     e.advantages[1, :] = float("nan")
     before = [p.clone() for p in w.model.parameters()]
-    optimizer = Optimizer({"policy": (w.policy.trainable(), 1e-3), "critic": (w.critic.trainable(), 1e-3)}, RLSettings(max_nonfinite=2))
+    optimizer = PolicyOptimizer(
+        {"policy": (w.policy.trainable(), 1e-3), "critic": (w.critic.trainable(), 1e-3)}, RLSettings(max_nonfinite=2)
+    )
     assert algorithm.update(w.policy, w.critic, optimizer, e, 0) == {"accepted": 0.0} and optimizer.skipped == 1
     with pytest.raises(UserError, match="not finite"):
         algorithm.update(w.policy, w.critic, optimizer, e, 1)

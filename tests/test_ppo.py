@@ -15,7 +15,7 @@ from accord.reward.model import RewardModel
 from accord.reward.sources import build_reward
 from accord.rl.algorithms.ppo import PPO
 from accord.rl.experience import score_rollout
-from accord.rl.optimize import Optimizer
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State, batch_of, train
@@ -434,7 +434,7 @@ def test_optimizer_state_survives(begun):
     state.optimizer.set_step(3)
     state.optimizer.step(e, loss)
     saved = {k: v.clone() for k, v in state.optimizer.state().items()}
-    other = Optimizer({"policy": (state.policy.trainable(), 1e-3), "critic": (state.critic.trainable(), 1e-3)}, settings)
+    other = PolicyOptimizer({"policy": (state.policy.trainable(), 1e-3), "critic": (state.critic.trainable(), 1e-3)}, settings)
     other.load_state(saved)
     assert {k: v.tolist() for k, v in other.state().items()} == {k: v.tolist() for k, v in saved.items()}
     assert len(saved) == 3 * (len(state.policy.trainable()) + len(state.critic.trainable()))

@@ -103,7 +103,7 @@ def test_a_stop_in_the_middle_of_a_rollout_loses_that_rollout_and_nothing_else(g
 
 def diverging(monkeypatch, until, first=3):
     """From training step ``first`` on gradients are NaN, unless the learning rates were halved ``until`` times."""
-    gradients, set_step = optimize.Optimizer._gradients, optimize.Optimizer.set_step
+    gradients, set_step = optimize.PolicyOptimizer._gradients, optimize.PolicyOptimizer.set_step
 
     def remember(self, step):
         self.at = step
@@ -112,11 +112,11 @@ def diverging(monkeypatch, until, first=3):
     def poisoned(self, rows, loss, count, tokens):
         stats = gradients(self, rows, loss, count, tokens)
         if self.at >= first and self.halvings < until:
-            self._groups["policy"][0].grad.fill_(float("nan"))
+            next(iter(self._named["policy"].values())).grad.fill_(float("nan"))
         return stats
 
-    monkeypatch.setattr(optimize.Optimizer, "set_step", remember)
-    monkeypatch.setattr(optimize.Optimizer, "_gradients", poisoned)
+    monkeypatch.setattr(optimize.PolicyOptimizer, "set_step", remember)
+    monkeypatch.setattr(optimize.PolicyOptimizer, "_gradients", poisoned)
 
 
 def test_a_divergence_goes_back_to_the_checkpoint_with_half_the_learning_rate(go, monkeypatch, capsys):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-
+from accord.data.batching import in_turn
 from accord.data.records import Logged
 from accord.errors import UserError
 from accord.reward.sources import EnvironmentSource, Reward
@@ -52,18 +51,6 @@ class Log:
     def reward() -> Reward:
         """The logged scores."""
         return Reward([(1.0, EnvironmentSource(SCORE))])
-
-
-def in_turn(count: int, step: int, size: int, seed: int) -> list[int]:
-    """Which of ``count`` things step ``step`` takes: every one once in a seeded order, then all again in another order."""
-    orders: dict[int, list[int]] = {}
-    picked = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, index = divmod(place, count)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        picked.append(orders[epoch][index])
-    return picked
 
 
 def _encode(one: Logged, policy: Policy) -> Row:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from accord.checkpoints import Saved, under
+from accord.data.batching import in_turn
 from accord.data.records import Logged, Prompt
 from accord.errors import Diverged, UserError
 from accord.nn.budget import TokenBudget
@@ -23,8 +24,8 @@ from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.algorithms import Algorithm, make_algorithm
 from accord.rl.experience import Experience, score_rollout
 from accord.rl.kl import AdaptiveKL, FixedKL, KLController
-from accord.rl.offline import Log, in_turn
-from accord.rl.optimize import Optimizer
+from accord.rl.offline import Log
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.registry import ALGORITHMS
 from accord.rl.selftest import self_test
 from accord.rl.settings import RLSettings
@@ -332,7 +333,7 @@ class State:
 
     policy: Policy
     critic: ScalarModel | None
-    optimizer: Optimizer
+    optimizer: PolicyOptimizer
     kl: KLController
     algorithm: Algorithm
     settings: RLSettings
@@ -357,7 +358,7 @@ class State:
         return cls(
             policy,
             critic,
-            Optimizer(groups, settings, budget),
+            PolicyOptimizer(groups, settings, budget),
             kl,
             make_algorithm(settings, policy, critic),
             settings,

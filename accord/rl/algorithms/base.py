@@ -20,7 +20,7 @@ from accord.rl.experience import Experience, values_before
 from accord.rl.kl import kl_estimate
 from accord.rl.masked import masked_mean
 from accord.rl.objective import entropy_bonus, value_loss
-from accord.rl.optimize import Optimizer, means
+from accord.rl.optimize import PolicyOptimizer, means
 from accord.rl.settings import RLSettings
 from accord.rollout.guides import Guide
 from accord.rollout.policy import Policy
@@ -92,7 +92,7 @@ class Algorithm:
 
     # The update.
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         """Epochs x minibatches of optimizer steps; the mean of each named scalar over them."""
         s, history = self.settings, []
         for epoch in range(s.epochs):

@@ -23,7 +23,7 @@ from accord.rl.advantages import n_step_targets
 from accord.rl.algorithms.qlearning import QLearning
 from accord.rl.experience import Experience, add_trunk, values_before
 from accord.rl.masked import masked_mean
-from accord.rl.optimize import Optimizer, means
+from accord.rl.optimize import PolicyOptimizer, means
 from accord.rl.qvalues import logits_at
 from accord.rl.replay import Replay
 from accord.rl.settings import RLSettings
@@ -43,7 +43,7 @@ class DQN(QLearning):
         """Epsilon-greedy, if that explores; else the policy itself does (Boltzmann)."""
         return Explore(self.settings.epsilon) if self.settings.exploration == "epsilon" else None
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         """Epochs x minibatches of optimizer steps on rows drawn from the replay."""
         assert critic is not None
         s, history = self.settings, []

@@ -26,7 +26,7 @@ from accord.rl.algorithms.qlearning import QLearning
 from accord.rl.experience import Experience, values_before
 from accord.rl.masked import masked_mean
 from accord.rl.objective import expectile_loss
-from accord.rl.optimize import Optimizer
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.qvalues import token_logits
 from accord.rollout.policy import Policy
 from accord.rollout.scoring import spread, states_of
@@ -35,7 +35,7 @@ from accord.rollout.scoring import spread, states_of
 class ILQL(QLearning):
     """Epochs x minibatches of optimizer steps on each step's logged completions; nothing is sampled."""
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         assert critic is not None
         self.follow(policy, critic, step)
         return super().update(policy, critic, optimizer, e, step)

@@ -15,7 +15,7 @@ from torch import Tensor
 from accord.reward.model import ScalarModel
 from accord.rl.algorithms.ppo import PPO
 from accord.rl.experience import Experience
-from accord.rl.optimize import Optimizer
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.settings import RLSettings
 from accord.rollout.guides import Within
 from accord.rollout.policy import Policy, take_over, tensors_of
@@ -33,7 +33,7 @@ class NLPO(PPO):
     def guide(self) -> Within:
         return Within(self._mask, self._split, self.settings.mask_top_p)
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         stats = super().update(policy, critic, optimizer, e, step)
         if (step + 1) % self.settings.mask_every == 0:
             self._mask = policy.snapshot()

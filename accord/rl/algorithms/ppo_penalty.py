@@ -13,7 +13,7 @@ from accord.rl.algorithms.base import Algorithm
 from accord.rl.experience import Experience
 from accord.rl.masked import masked_mean
 from accord.rl.objective import ratio_surrogate, step_sizes
-from accord.rl.optimize import Optimizer
+from accord.rl.optimize import PolicyOptimizer
 from accord.rl.settings import RLSettings
 from accord.rollout.policy import Policy
 from accord.rollout.scoring import Scored, kl_between, kl_rows
@@ -43,7 +43,7 @@ class PPOPenalty(Algorithm):
         moved = -self.beta * masked_mean(kl, rows.mask, count)
         return {**super().penalties(policy, rows, states, scored, count), "kl_old_new": moved}
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         old = e.old_model
         assert old is not None
         if self.moved is not None:

@@ -20,7 +20,7 @@ from accord.rl.experience import Experience
 from accord.rl.masked import masked_mean
 from accord.rl.natural import conjugate_gradient, fisher_vector_product
 from accord.rl.objective import entropy_bonus, ratio_surrogate
-from accord.rl.optimize import Optimizer, value_steps
+from accord.rl.optimize import PolicyOptimizer, value_steps
 from accord.rollout.policy import Policy
 from accord.rollout.scoring import kl_between, score_states, states_of
 
@@ -33,7 +33,7 @@ class TRPO(Algorithm):
     def old_model(self, policy: Policy) -> Model:
         return policy.snapshot()
 
-    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: Optimizer, e: Experience, step: int) -> dict[str, float]:
+    def update(self, policy: Policy, critic: ScalarModel | None, optimizer: PolicyOptimizer, e: Experience, step: int) -> dict[str, float]:
         if not bool(e.mask.any()):
             return {}
         stats = self.policy_step(policy, e, optimizer.budget)
