@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from accord.data.records import RankedCompletions
 from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean, needs
 from accord.feedback.settings import QueueSettings
-from accord.progress import console, orderly_stop
+from accord.progress import console, orderly_stop, several
 
 if TYPE_CHECKING:
     from accord.feedback.store import Store
@@ -194,9 +195,13 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )  # fmt: skip
     label.add_argument("--gold", metavar="FILE", help="rankings of some of --completions that are known to be right; mixed in unseen")
     label.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="rankings of some of them that are known to be right; everybody begins with these, and sees the known ranks after each",
+    )
+    label.add_argument(
         "--rankings", metavar="FILE", help="rankings that people gave elsewhere, such as an export's; kept under their names"
     )
-    label.add_argument("--calibration", metavar="FILE", help="the same; everybody begins with these, and sees the known ranks after each")
     label.add_argument("--criterion", metavar="FILE", help="Markdown that tells labelers how to rank [the store's; at first accord's own]")
     label.add_argument(
         "--priority", metavar="FOLDER", action="append", default=[],
@@ -208,7 +213,11 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         "--retrain-every", type=int, default=0, metavar="N", help="train one after every N rankings; 0: when the owner asks [0]"
     )
     label.add_argument("--accounts", action="store_true", help="people come by invitation and log in")
-    label.add_argument("--new-password", metavar="NAME", help="print a link by which somebody who has forgotten theirs chooses another")
+    label.add_argument(
+        "--new-password",
+        metavar="NAME",
+        help="print a link by which somebody who has forgotten theirs chooses another, and end; the server may be running",
+    )
     label.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others can reach needs --accounts [127.0.0.1]")
     label.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one [8000]")
     label.add_argument("--requests", type=int, default=3000, metavar="N", help="requests a minute that one address may make [3000]")
@@ -421,7 +430,7 @@ def do_sample(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts)
     reference = load(arguments.reference) if arguments.reference else None
     count = sample_to(arguments.out, load(arguments.model), prompts, reference=reference, **values)
-    console.print(f"{count} completions in {arguments.out}", soft_wrap=True)
+    console.print(f"{several(count, 'completion')} in {arguments.out}", soft_wrap=True)
 
 
 def do_reward(arguments: argparse.Namespace) -> None:
@@ -444,9 +453,11 @@ def do_reward(arguments: argparse.Namespace) -> None:
         groups = group_pairs(completions, [r for one in given for r in one.rankings], values["fail_weight"], weights)
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
-        f"Held-out accuracy {report.accuracy} on {report.heldout_pairs} pairs; calibration error {report.calibration_error:.3f}.",
+        f"Held-out accuracy {report.accuracy} on {several(report.heldout_pairs, 'pair')}; calibration error {report.calibration_error:.3f}.",
         soft_wrap=True,
     )
+    if report.heldout_groups == 1:
+        console.print("[yellow]A single prompt is held out, so these intervals say nothing; rank more prompts.[/]")
     length = f"longer completions are preferred with a slope of {report.length_slope:.2f} (log-odds per log of the lengths' ratio)"
     if report.follows_length is not None:
         length += f", and the longer one scores higher in {report.follows_length} of held-out pairs"
@@ -461,27 +472,28 @@ def do_reward(arguments: argparse.Namespace) -> None:
 
 def do_label(arguments: argparse.Namespace) -> None:
     with needs("label"):
-        from accord.feedback.intake import begin_with, set_criterion
+        from accord.feedback.intake import Intake, set_criterion
         from accord.feedback.web.retraining import Retraining
-        from accord.feedback.web.serve import announce, listen, serve, web_settings
+        from accord.feedback.web.serve import announce, forgotten, listen, serve, web_settings
 
+    intake = Intake.read(arguments.completions, arguments.gold, arguments.calibration, arguments.rankings)
+    if arguments.new_password is not None:  # beside a server that runs, too
+        with opened(arguments.store) as store:
+            forgotten(store, web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name)), arguments.host, arguments.port, arguments.new_password)  # fmt: skip
+        return
     listening = listen(arguments.host, arguments.port)
     with opened(arguments.store, make=True) as store:
         store.set_queue(QueueSettings(**settings(arguments, QueueSettings, store.settings)))
         web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name), arguments.requests)
         set_criterion(store, arguments.criterion)
-        for line in begin_with(store, arguments.completions, arguments.gold, arguments.calibration):
+        for line in intake.bring_into(store):
             console.print(line, soft_wrap=True, markup=False)
-        if arguments.rankings:
-            from accord.data.sources import read_rankings
-
-            console.print(f"{store.add_rankings(read_rankings(arguments.rankings))} rankings are new.")
         if arguments.priority:
             from accord.feedback.priority import uncertainty
             from accord.reward.model import RewardModel
 
             store.set_priority(uncertainty(store.completions(), [RewardModel.load(folder) for folder in arguments.priority]))
-        announce(store, web, listening, f"Ctrl-C ends it; labels are in {store.database.url}", arguments.new_password)
+        announce(store, web, listening, f"Ctrl-C ends it; labels are in {store.database.url}")
         folder = arguments.rewards or Path("labels.rewards" if "://" in arguments.store else f"{arguments.store}.rewards")
         serve(store, web, listening, Retraining(store, folder, arguments.model, every=arguments.retrain_every))
 
@@ -497,6 +509,8 @@ def do_backup(arguments: argparse.Namespace) -> None:
 def do_restore(arguments: argparse.Namespace) -> None:
     if not arguments.backup.is_file():
         raise UserError(f"Backup {arguments.backup} does not exist.")
+    if not zipfile.is_zipfile(arguments.backup):
+        raise UserError(f"{arguments.backup} is no backup of a label store, or damaged.")
     with opened(arguments.store, make=True) as store:
         from accord.feedback.backup import restore
 
@@ -535,8 +549,8 @@ def do_export(arguments: argparse.Namespace) -> None:
 
     with ranked(arguments) as (some, weights):
         count = export(some, arguments.kind, arguments.out, arguments.fail_weight, weights)
-    what = {"groups": "prompts", "unpaired": "completions", "dataset": "pairs"}.get(arguments.kind, arguments.kind)
-    console.print(f"{count} {what} in {arguments.out}", soft_wrap=True)
+    what = {"groups": "prompt", "unpaired": "completion", "dataset": "pair"}.get(arguments.kind, arguments.kind.removesuffix("s"))
+    console.print(f"{several(count, what)} in {arguments.out}", soft_wrap=True)
 
 
 def do_rl(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -73,6 +74,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """:func:`write_whole` of rows as JSON, one a line."""
     write_whole(path, "".join(map(as_line, rows)))
+
+
+def stream_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """:func:`write_lines` of more rows than memory holds. Nothing is there if ``rows`` raises.
+
+    Raises:
+        UserError: they could not be written; what was there is still there.
+    """
+    left = iter(rows)
+    with whole_file(path) as aside:
+        aside.write_bytes(b"")
+        while some := list(islice(left, 1000)):
+            append_lines(aside, some)
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

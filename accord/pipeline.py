@@ -14,7 +14,7 @@ from typing import Any
 from accord.api import announce, label, prepare_rl, run_rl, sample_to, save_reward
 from accord.api import evaluate as compare_policies
 from accord.config import Recipe, RLSettings, build
-from accord.data.pairs import group_pairs, grouped_pairs
+from accord.data.pairs import group_pairs, grouped_pairs, rankings_by_prompt
 from accord.data.records import SPLITS, Prompt, split_of
 from accord.data.sources import read_completions, read_prompts, read_rankings
 from accord.disk import write_lines, write_whole
@@ -149,11 +149,12 @@ class Pipeline:
         write_lines(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
         groups = grouped_pairs(ranked, self.recipe.reward.fail_weight)
         pairs = sum(len(g.pairs) for g in groups)
-        ranks = [r for ranking in ranked.rankings for r in ranking.ranks]
-        ties = sum(len(given) - len(set(given)) for ranking in ranked.rankings if (given := [r for r in ranking.ranks if r]))
+        standing = [ranking for given in rankings_by_prompt(ranked.rankings).values() for ranking in given]
+        ranks = [r for ranking in standing for r in ranking.ranks]
+        ties = sum(len(given) - len(set(given)) for ranking in standing if (given := [r for r in ranking.ranks if r]))
         facts = {
-            "labelers": sorted({r.labeler for r in ranked.rankings}),
-            "rankings": len(ranked.rankings),
+            "labelers": sorted({r.labeler for r in standing}),
+            "rankings": len(standing),
             "pairs": pairs,
             "tied_share": ties / len(ranks),
             "fail_share": sum(r is None for r in ranks) / len(ranks),

@@ -18,6 +18,11 @@ console = Console(stderr=False, highlight=False)
 Item = TypeVar("Item")
 
 
+def several(count: int, noun: str) -> str:
+    """``1 prompt``, ``2 prompts``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 class _Stop:
     requested = False
     """Set by the first SIGINT or SIGTERM; read at the points where stopping loses nothing."""

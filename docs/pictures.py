@@ -19,6 +19,7 @@ def main():
     from accord.feedback.intake import set_criterion
     from accord.feedback.store import Label, QueueSettings, Store
     from accord.feedback.web.serve import address, listen, serving, web_settings
+    from accord.feedback.web.site import COOKIE
     from accord.pipeline import recipe_prompts
 
     prompts = [p for p in recipe_prompts(Recipe()) if p.theme != "harmful"][::12][:40]
@@ -34,37 +35,46 @@ def main():
             for seconds in range(25, 25 + 34):
                 given = store.next(person)
                 store.submit(person, given.id, Label(ranks=said[name, given.prompt.id]), f"simulated-{given.id}", float(seconds))
-        listening = listen("127.0.0.1", 0)
-        with serving(store, web_settings(store, "127.0.0.1", False), listening), sync_playwright() as play:
+        invitation, listening = store.people.invite("reviewer"), listen("127.0.0.1", 0)
+        owner = store.people.add("olga", "owner", "four small words here")
+        cookie = {"name": f"{COOKIE}{store.id[:8]}", "value": store.people.log_in(owner), "domain": "127.0.0.1", "path": "/"}
+        with serving(store, web_settings(store, "127.0.0.1", True), listening), sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 1240, "height": 860})
+
+            def page_of(cookies=(cookie,), **more):
+                context = browser.new_context(**{"viewport": {"width": 1240, "height": 860}, "reduced_motion": "reduce"} | more)
+                context.add_cookies(list(cookies))
+                return context.new_page()
+
+            page = page_of(cookies=(), viewport={"width": 820, "height": 560})
+            for name, path in (("login", "/login"), ("invitation", f"/invite/{invitation}")):
+                page.goto(address(listening) + path)
+                page.wait_for_selector("form.door")
+                page.screenshot(path=HERE / f"{name}.png")
+            page = page_of()
             page.goto(address(listening))
             page.wait_for_selector(".answer")
             for key in ("2", "1", "2", "ArrowUp", "r", "6", "x", "2"):
                 page.keyboard.press(key)
             page.screenshot(path=HERE / "labeling.png")
-            page.goto(address(listening) + "/overview")
-            page.screenshot(path=HERE / "overview.png")
             page.goto(address(listening) + "/instructions")
             page.screenshot(path=HERE / "instructions.png")
             page.goto(address(listening) + "/overview")
             page.click("#disputed a >> nth=0")
-            page.wait_for_selector("text=Decide it")
+            page.click("text=Decide it")
+            page.wait_for_selector(".answer")
+            for key in ("1", "2", "3", "f", "Enter"):
+                page.keyboard.press(key)
+            page.wait_for_url("**/overview*")
+            page.click("#disputed a >> nth=0")
+            page.wait_for_selector("text=Decide it again")
             page.screenshot(path=HERE / "disputed.png")
-            phone = browser.new_context(viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2).new_page()
+            page.goto(address(listening) + "/overview")
+            page.screenshot(path=HERE / "overview.png", full_page=True)
+            phone = page_of(viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2)
             phone.goto(address(listening))
             phone.wait_for_selector(".answer")
-            phone.keyboard.press("1")
             phone.screenshot(path=HERE / "labeling-phone.png")
-            browser.close()
-        invitation, doors = store.people.invite("reviewer"), listen("127.0.0.1", 0)
-        with serving(store, web_settings(store, "127.0.0.1", True), doors), sync_playwright() as play:
-            browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 820, "height": 560})
-            for name, path in (("login", "/login"), ("invitation", f"/invite/{invitation}")):
-                page.goto(address(doors) + path)
-                page.wait_for_selector("form.door")
-                page.screenshot(path=HERE / f"{name}.png")
             browser.close()
         store.close()
 

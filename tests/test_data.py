@@ -178,14 +178,22 @@ def test_rankings_and_completions_round_trip(tmp_path):
     for more, told in (
         ({"flags": ["toxic", "other"]}, "'flags' must be a list of texts for each completion"),
         ({"flags": [[]]}, "'flags' must be a list with a value for each of the 2"),
-        ({"ratings": [1, "7"]}, "'ratings' must be whole numbers"),
+        ({"ratings": [1, "7"]}, "'ratings' must be whole numbers from 1 to 7"),
+        ({"ratings": [10**30, 1]}, "'ratings' must be whole numbers from 1 to 7"),
+        ({"note": {"a": 1}}, "'note' must be a text"),
+        ({"note": "a\0"}, "'note' must be a text"),
         ({"decision": 1}, "'decision' is 1; it must be true or false"),
     ):
         with pytest.raises(UserError, match=rf"p.jsonl:1: {told}"):
             read_rankings(write(tmp_path, {**good, **more}))
 
 
-@pytest.mark.parametrize("bad", [{"index": "a"}, {"tokens": 5}, {"tokens": ["x"]}])
+def test_notes_of_a_table_are_texts(tmp_path):
+    (tmp_path / "r.csv").write_text('prompt_id,labeler,ranks,note\np,a,"[1, 2]",0\np,b,"[1, 2]",1.10\np,c,"[1, 2]",null\n')
+    assert [r.note for r in read_rankings(tmp_path / "r.csv")] == ["0", "1.10", "null"]
+
+
+@pytest.mark.parametrize("bad", [{"index": "a"}, {"index": 10**30}, {"tokens": 5}, {"tokens": ["x"]}])
 def test_bad_completions(tmp_path, bad):
     with pytest.raises(UserError, match=r"p\.jsonl:1: 'index' must be"):
         read_completions(write(tmp_path, {"id": "p", "prompt": "q", "completion": "c", **bad}))

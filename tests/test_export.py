@@ -141,8 +141,18 @@ def test_what_is_read_a_few_prompts_at_a_time_is_written_the_same(tmp_path):
     assert read_rankings(tmp_path / "rankings.jsonl") == kept
     (decided,) = (g for g in read_pairs(tmp_path / "groups.jsonl") if g.prompt.id == "p3")
     assert sorted(pair[:2] for pair in decided.pairs) == [(1, 0), (1, 3), (2, 0), (2, 3), (3, 0)]
+    (weightless,) = group_pairs(completions, [*rankings[3:4], rankings[-1]], labeler_weights={"rae": 0.0, "ann": 0.0})
+    assert {p[:2]: p.weight for p in weightless.pairs} == dict.fromkeys([(1, 0), (1, 3), (2, 0), (2, 3), (3, 0)], 1.0)  # whoever decided
     export(parts(), "dataset", tmp_path / "d")
     assert sorted(read_rankings(tmp_path / "d/rankings/train.parquet"), key=str) == sorted(kept, key=str)
+    told = (tmp_path / "d/README.md").read_text()
+    assert "54 rankings of 36 prompts by 2 labelers, 18 of them simulated, and 1 decisions of reviewers" in told
+    export([RankedCompletions(completions, rankings[-1:])], "dataset", tmp_path / "only")  # a decision and nothing else
+    assert "0 rankings of 0 prompts by 0 labelers, and 1 decisions" in (tmp_path / "only/README.md").read_text()
+    with pytest.raises(UserError, match="'rae' decided the prompt 'p3' twice"):
+        export([RankedCompletions(completions, [rankings[-1]] * 2)], "rankings", tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="names the prompt 'zz', which has no completions"):
+        export([RankedCompletions(completions, [Ranking("zz", "ann", (1, 2))])], "rankings", tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"weight for 'bo', who ranked nothing\. Did you mean 'bob'"):
         export(parts(), "pairs", tmp_path / "x.jsonl", labeler_weights={"bo": 1.0})
     assert not list(tmp_path.glob("*x.jsonl*"))

@@ -355,6 +355,24 @@ def test_an_answer_that_is_not_the_servers_acknowledges_nothing(browser, server,
     served.stop()
 
 
+def test_a_reason_is_written_by_keys_alone(browser, server, tmp_path):
+    """What is typed is the reason, and nothing of it reaches the next item."""
+    served = server()
+    page = new_page(browser, problems := [])
+    page.goto(served.at)
+    labeler = Labeler(page)
+    first = labeler.item()
+    labeler.press("s", "Enter")  # which chooses nothing
+    page.keyboard.type(" I cannot judge 5 of these, d")
+    labeler.press("Enter")
+    page.wait_for_function("text => document.querySelector('#prompt .text').innerText.trim() !== text", arg=first)
+    assert page.locator("dialog[open]").count() == 0 and page.locator("#skip-words").input_value() == ""
+    labeler.press("e")
+    page.wait_for_selector("#earlier-list button b")
+    assert page.locator("#earlier-list b").all_inner_texts() == ["skipped: I cannot judge 5 of these, d"] and not problems
+    served.stop()
+
+
 def test_by_mouse_on_a_phone_and_in_the_dark(browser, server, tmp_path):
     served = server()
     problems = []

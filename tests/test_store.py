@@ -236,7 +236,23 @@ def test_calibration_first_then_gold_and_repetitions_unseen(make):
     assert len(list(store.rankings())) == 60 and len(list(store.rankings("gold"))) == kinds.count("gold")
     assert len(list(store.rankings(number=1))) == len(again)
     orders = {(h.prompt.id, h.order) for h in store.history(ann, 1000)}
-    assert sum(1 for i in again if len({o for p, o in orders if p == prompts[i]}) == 2) > len(again) / 2  # shown in another order
+    assert (
+        sum(1 for i in again if len({o for p, o in orders if p == prompts[i]}) == 2) > len(again) / 4
+    )  # mostly in another order: 5 of 6 by chance
+
+
+def test_known_ranks_may_come_later_for_what_nobody_has_had(make):
+    store = make(overlap=2)
+    store.add_items(completions(3))
+    ann = store.people.add("ann", "labeler")
+    had = store.next(ann).prompt.id
+    free = sorted({"p0", "p1", "p2"} - {had})
+    assert store.add_items({free[0]: completions(3)[free[0]]}, "gold", {free[0]: [1, 2, 3]}) == 1
+    assert store.known() == [(free[0], (1, 2, 3))] and set(store.completions()) == {had, free[1]}
+    assert store.add_items(completions(3)) == 0 and store.known() == [(free[0], (1, 2, 3))]  # brought in again, it stays known
+    for key, ranks, told in ((had, [1, 2, 3], "people have had it"), (free[0], [3, 2, 1], "it is a gold item, with other ranks")):
+        with pytest.raises(UserError, match=f"'{key}' cannot become a gold item: {told}"):
+            store.add_items({key: completions(3)[key]}, "gold", {key: ranks})
 
 
 def test_only_ones_own(make):
@@ -592,6 +608,7 @@ def test_a_decision_stands_for_all_in_what_is_trained_on(make):
     assert sorted(settled(), key=str) == sorted(before, key=str) and len(before) == 4
     given = store.rule(rae, "p1")
     assert store.rule(rae, "p1").id == given.id and list(store.rankings()) == before  # opened only
+    assert given.decision and (offered := store.next(rae)) is None, offered  # it waits where it was begun
     store.submit(rae, given.id, answer(2, 1), "decision-1")
     clock.now += 1
     store.submit(sam, store.rule(sam, "p1").id, answer(1, 1), "decision-2")
@@ -696,12 +713,22 @@ def test_an_export_imported_is_exported_the_same(make, tmp_path):
     assert copy.criterion() is None  # versions without their text are in force nowhere
     with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
         copy.add_rankings([Ranking("p0", "ann", (3, 2, 1))])
+    assert copy.add_rankings([Ranking("p0", "ann", (1, 2, None), note="but")]) == 1  # nothing contradicts it
+    assert copy.add_rankings([Ranking("p0", "ann", (1, 2, None))]) == 0 and "but" in [r.note for r in copy.rankings()]
     with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
-        copy.add_rankings([Ranking("p0", "ann", (1, 2, None), note="but")])
+        copy.add_rankings([Ranking("p0", "ann", (1, 2, None), note="and")])
+    assert copy.add_rankings([Ranking("p0", "bob", (2, 2, 1), flags=(("other", "toxic"), (), ()))]) == 0  # in whatever order
+    before = copy.progress()
+    eve = copy.people.add("eve", "labeler")
+    opened, decided = copy.next(eve), copy.rule(eve, "p2")
+    told = [Ranking(opened.prompt.id, "eve", (1, 2, 3)), Ranking("p2", "eve", (3, 2, 1), decision=True)]
+    assert copy.add_rankings(told) == 2 and copy.add_rankings(told) == 0  # what was open only is answered by it
+    assert copy.assignment(eve, opened.id).label.ranks == (1, 2, 3) and copy.assignment(eve, decided.id).label.ranks == (3, 2, 1)
+    assert copy.progress()["rankings"] == before["rankings"] + 1 and len(work(copy, eve)) == 1  # two of five wanted one more
     with pytest.raises(UserError, match="no flag 'toxick'"):
         copy.add_rankings([Ranking("p0", "dee", (1, 2, None), flags=(("toxick",), (), ()))])
-    assert copy.add_rankings([Ranking("p4", "panel", (1, 2, 3), simulated=True)]) == 1 and list(copy.rankings())[8].simulated
+    assert copy.add_rankings([Ranking("p4", "panel", (1, 2, 3), simulated=True)]) == 1
+    assert [r.labeler for r in copy.rankings() if r.simulated] == ["panel"]
     with pytest.raises(UserError, match="2 ranks were given for 3"):
         copy.add_rankings([Ranking("p0", "dee", (2, 1))])
-    assert len(work(copy, copy.people.add("cy", "labeler"))) == 2  # two of five still want one
     copy.close()

@@ -137,6 +137,7 @@ def test_a_labeler_sees_no_more_than_they_need(serve):
     assert set(given) == {
         "id",
         "state",
+        "decision",
         "calibration",
         "prompt",
         "completions",

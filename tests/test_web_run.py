@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,31 @@ def test_a_run_waits_for_people_and_goes_on(tmp_path):
     for row in rankings:
         lengths = [len(text) for text in sampled[row["prompt_id"]]]
         assert row["ranks"] == [1 + sorted(lengths).index(n) for n in lengths] and not row["simulated"] and row["criterion"]
+
+
+def test_what_is_refused_leaves_no_store_and_a_forgotten_password_needs_no_server(tmp_path, capsys, monkeypatch):
+    from accord.cli import main
+    from accord.feedback.store import Store
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"promt": "q", "completion": "c"}\n')
+    rows = [{"id": "p", "prompt": "q", "completion": c, "index": k} for k, c in enumerate("ab")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "typo.jsonl").write_text('{"prompt_id": "p", "labeler": "l", "ranks": [1, 2], "rating": [1, 2]}\n')
+    for words, told in (
+        ("label --completions nope.jsonl", "nope.jsonl does not exist"),
+        ("label --completions bad.jsonl", "bad.jsonl:1 has no field 'prompt'. Did you mean 'prompt' by 'promt'"),
+        ("label --completions c.jsonl --rankings typo.jsonl", "typo.jsonl:1: Did you mean 'ratings' by 'rating'"),
+        ("label --accounts --new-password bob", "There is no label store x.db"),
+        ("restore c.jsonl", "c.jsonl is no backup"),
+    ):
+        assert main([*words.split(), "--store", "x.db"]) == 2 and told in capsys.readouterr().err and not Path("x.db").exists(), words
+    store = Store.open("x.db")
+    store.people.add("bob", "owner", "four small words here")
+    assert main("label --store x.db --accounts --new-password bo".split()) == 2
+    assert "There is no 'bo' here. Did you mean 'bob'?" in capsys.readouterr().err
+    options = "--port 9 --https --name labels.example.org".split()
+    assert main(["label", "--store", "x.db", "--accounts", "--new-password", "bob", *options]) == 0  # and it has ended
+    link = re.search(r"bob chooses a new password: https://labels\.example\.org/invite/(\S+)", capsys.readouterr().out)[1]
+    assert store.people.accept(link, "", "another four small words").name == "bob"
+    store.close()

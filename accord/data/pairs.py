@@ -44,7 +44,7 @@ def scored_by_rank(
     given: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for ranking in (r for mine in rankings_by_prompt(rankings).values() for r in mine):
         answers_of(ranking, completions)
-        trust = (labeler_weights or {}).get(ranking.labeler, 1.0)
+        trust = _trust(ranking, labeler_weights or {})
         if trust <= 0:
             continue
         places = ranking.places
@@ -62,18 +62,18 @@ def rankings_by_prompt(rankings: Iterable[Ranking]) -> dict[str, list[Ranking]]:
     """What stands of each prompt: one ranking a labeler, or where reviewers have decided the last decision alone.
 
     Raises:
-        UserError: a labeler ranked a prompt twice.
+        UserError: a labeler ranked, or decided, a prompt twice.
     """
     found: dict[str, dict[str, Ranking]] = defaultdict(dict)
-    decided: dict[str, Ranking] = {}
+    decided: dict[str, dict[str, Ranking]] = defaultdict(dict)
     for ranking in rankings:
-        if ranking.decision:
-            decided[ranking.prompt_id] = ranking
-            continue
-        if ranking.labeler in found[ranking.prompt_id]:
-            raise UserError(f"Labeler '{ranking.labeler}' ranked the prompt '{ranking.prompt_id}' twice; keep one of the two.")
-        found[ranking.prompt_id][ranking.labeler] = ranking
-    return {prompt: list(given.values()) for prompt, given in found.items()} | {prompt: [last] for prompt, last in decided.items()}
+        mine = (decided if ranking.decision else found)[ranking.prompt_id]
+        if ranking.labeler in mine:
+            did = "decided" if ranking.decision else "ranked"
+            raise UserError(f"Labeler '{ranking.labeler}' {did} the prompt '{ranking.prompt_id}' twice; keep one of the two.")
+        mine[ranking.labeler] = ranking
+    last = {prompt: [list(given.values())[-1]] for prompt, given in decided.items()}
+    return {prompt: list(given.values()) for prompt, given in found.items()} | last
 
 
 def opinions(rankings: Iterable[Ranking]) -> list[Ranking]:
@@ -106,7 +106,7 @@ def group_pairs(
     itself, so it is dropped.
 
     Args:
-        labeler_weights: what a labeler's rankings count for, within a prompt and among prompts; 1 for those not named.
+        labeler_weights: what a labeler's rankings count for, within a prompt and among prompts; 1 for those not named, and for decisions.
 
     Raises:
         UserError: a ranking is of other completions, a labeler ranked a prompt twice, or a weight is of nobody who ranked.
@@ -115,7 +115,7 @@ def group_pairs(
     refuse_unknown(weights, {ranking.labeler for ranking in rankings})
     groups = []
     for given in rankings_by_prompt(rankings).values():
-        trusts = [weights.get(ranking.labeler, 1.0) for ranking in given]
+        trusts = [_trust(ranking, weights) for ranking in given]
         found: tuple[dict[tuple[int, int], list[Pair]], ...] = (defaultdict(list), defaultdict(list))
         for ranking, trust in zip(given, trusts, strict=True):
             answers = answers_of(ranking, completions)
@@ -127,6 +127,10 @@ def group_pairs(
         if pairs or ties:
             groups.append(PairGroup(answers[0].prompt, tuple(answers), pairs, ties, sum(trusts) / len(trusts)))
     return groups
+
+
+def _trust(ranking: Ranking, weights: Mapping[str, float]) -> float:
+    return 1.0 if ranking.decision else weights.get(ranking.labeler, 1.0)
 
 
 def refuse_unknown(weights: Mapping[str, float], labelers: Collection[str]) -> None:

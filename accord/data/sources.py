@@ -16,6 +16,7 @@ from accord.text.tokenizer import ROLES
 
 MOST_RANKS = 1000
 PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
+RANKING_FIELDS = ("labeler", "criterion", "simulated", "ratings", "flags", "note", "decision")
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -60,7 +61,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: unknown kind of file '{path.suffix}'; use .jsonl, .json, .parquet, .csv or .txt.")
 
 
-TEXTS = (*PROMPT_FIELDS, "id", "prompt_id", "completion", "chosen", "rejected", "labeler", "theme", "criterion")
+TEXTS = (*PROMPT_FIELDS, "id", "prompt_id", "completion", "chosen", "rejected", "labeler", "theme", "criterion", "note")
 """Fields of a CSV file that are taken as they are written; other cells are numbers, lists and such, as in JSON."""
 CHATS = (*PROMPT_FIELDS, "chosen", "rejected")
 """Texts that may also be chat messages, as JSON."""
@@ -291,9 +292,13 @@ def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, 
         text = row.get("completion")
         if not isinstance(text, str):
             raise UserError(f"{place} has no text field 'completion'; was the file written by accord sample?")
-        prompt = Prompt(str(row.get("id") or place), check_content(row.get("prompt"), place, "prompt"), str(row.get("theme") or ""))
+        for name in ("id", "theme", "completion"):
+            _check_unicode(str(row.get(name)), place, name)
+        if row.get("prompt") is None:
+            raise UserError(f"{place} has no field 'prompt'.{_mistyped(row, ['prompt'])}")
+        prompt = Prompt(str(row.get("id") or place), check_content(row["prompt"], place, "prompt"), str(row.get("theme") or ""))
         tokens, index = row.get("tokens") or [], row.get("index") or 0
-        if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens) or not isinstance(index, int):
+        if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens) or not isinstance(index, int) or abs(index) > 2**31:
             raise UserError(f"{place}: 'index' must be a whole number and 'tokens' a list of them; give a file that accord sample wrote.")
         if prompt.id in found and found[prompt.id][0].prompt.content != prompt.content:
             raise UserError(f"{place}: the id '{prompt.id}' is of another prompt already; completions of one id answer the same prompt.")
@@ -384,14 +389,19 @@ def read_rankings(source: str | Path) -> list[Ranking]:
         if not good or row.get("prompt_id") in (None, ""):
             hint = _mistyped(row, [name for name in ("prompt_id", "ranks") if not row.get(name)])
             raise UserError(f"{place} needs a prompt_id and 'ranks', a list of whole numbers from 1 to {MOST_RANKS} and \"F\".{hint}")
+        others = {name: value for name, value in row.items() if name not in ("prompt_id", "ranks", *RANKING_FIELDS)}
+        if hint := _mistyped(others, [name for name in RANKING_FIELDS if name not in row]):
+            raise UserError(f"{place}:{hint}")
         for name in ("simulated", "decision"):
             if not isinstance(row.get(name), bool | None):
                 raise UserError(f"{place}: '{name}' is {row[name]!r}; it must be true or false.")
+        if not isinstance(row.get("note"), str | None) or "\0" in (row.get("note") or ""):
+            raise UserError(f"{place}: 'note' must be a text.")
         for name in ("prompt_id", "labeler", "criterion", "note"):
             _check_unicode(str(row.get(name)), place, name)
         ratings, flags = (_of_each(row.get(name), len(ranks), place, name) for name in ("ratings", "flags"))  # type: ignore[arg-type]
-        if any(r is not None and type(r) is not int for r in ratings):
-            raise UserError(f"{place}: 'ratings' must be whole numbers, or null where there is none.")
+        if any(r is not None and (type(r) is not int or not 1 <= r <= 7) for r in ratings):
+            raise UserError(f"{place}: 'ratings' must be whole numbers from 1 to 7, or null where there is none.")
         if not all(isinstance(some, list) and all(isinstance(flag, str) and is_unicode(flag) for flag in some) for some in flags):
             raise UserError(f"{place}: 'flags' must be a list of texts for each completion.")
         rankings.append(

@@ -196,7 +196,7 @@ def dawid_skene(votes: Iterable[tuple[Hashable, str, Any]], iterations: int = 20
 
 def quality_of(rankings: Iterable[Ranking]) -> DawidSkene:
     """:func:`dawid_skene` of the rankings' comparisons."""
-    both = ((c, side) for c in comparisons(rankings) for side in (1, -1))
+    both = ((c, side) for c in comparisons(opinions(rankings)) for side in (1, -1))
     return dawid_skene(((c.prompt, c.first, c.second, side), c.labeler, side * c.value) for c, side in both)
 
 
@@ -206,7 +206,7 @@ def labeler_weights(rankings: Sequence[Ranking]) -> dict[str, float]:
     The log-odds of being right against a given wrong answer (:func:`dawid_skene`), which is how independent witnesses are best
     weighed, not below 0, divided by their mean.
     """
-    found = quality_of(opinions(rankings))
+    found = quality_of(rankings)
     wrong = max(len(found.categories) - 1, 1)
     odds = {who: max(0.0, math.log(q * wrong / (1 - q))) for who, raw in found.quality.items() for q in [min(max(raw, 0.01), 0.99)]}
     mean = sum(odds.values()) / len(odds)
@@ -319,7 +319,7 @@ def _by_prompt(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
                 raise UserError(
                     f"Of '{prompt}' '{first.labeler}' ranked {len(first.ranks)} completions and '{r.labeler}' {len(r.ranks)}; they must be of the same."
                 )
-    return found
+    return dict(sorted(found.items()))  # so that the bootstrap's draws do not depend on who was first
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from accord.data.pairs import group_pairs, pairs_of, rankings_by_prompt, refuse_unknown, scored_by_rank
+from accord.data.pairs import answers_of, group_pairs, opinions, rankings_by_prompt, refuse_unknown, scored_by_rank
 from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, Ranking, split_of
-from accord.disk import whole_folder, write_lines
+from accord.disk import stream_lines, whole_folder
 from accord.errors import UserError
 from accord.feedback.agreement import agreement
 
@@ -69,7 +69,7 @@ def export(
                 yield row
         seen.check(kind, count)
 
-    write_lines(out, counted())
+    stream_lines(out, counted())
     return count
 
 
@@ -85,7 +85,7 @@ class _Seen:
         for some in self._ranked:
             here = {r.labeler for r in some.rankings}
             self.labelers |= here
-            self._ties = self._ties or any(pairs_of(r)[1] for r in some.rankings)
+            self._ties = self._ties or any(_ties(r) for r in some.rankings)
             yield some, {who: weight for who, weight in self._weights.items() if who in here}
 
     def check(self, kind: Format, count: int) -> None:
@@ -102,12 +102,24 @@ class _Seen:
         raise UserError("No pair and no tie follows from these rankings, so there is nothing to write.")
 
 
+def _ties(ranking: Ranking) -> bool:
+    ranks = [rank for rank in ranking.ranks if rank is not None]
+    return len(set(ranks)) < len(ranks)
+
+
 def rows(
     kind: Rows, ranked: RankedCompletions, fail_weight: float = 1.0, labeler_weights: Mapping[str, float] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What a file of this format has of some prompts."""
+    """What a file of this format has of some prompts.
+
+    Raises:
+        UserError: a ranking is of other completions, or a labeler ranked a prompt twice.
+    """
     if kind == "rankings":
-        yield from (r.to_json() for r in ranked.rankings)
+        rankings_by_prompt(ranked.rankings)
+        for ranking in ranked.rankings:
+            answers_of(ranking, ranked.completions)
+            yield ranking.to_json()
     elif kind == "completions":
         yield from (c.to_json() for group in ranked.completions.values() for c in group)
     elif kind == "unpaired":
@@ -255,17 +267,20 @@ def _schema(kind: Rows, chat: bool) -> pa.Schema:
 
 
 def _card(name: str, configs: list[dict[str, Any]], rankings: Sequence[Ranking], count: Mapping[str, int]) -> str:
-    found = agreement(rankings)
-    told = lambda value: str(value) if value is not None else "nothing to tell it from"
+    given = opinions(rankings)
+    found = agreement(given) if given else None
+    told = lambda name: str(value) if found and (value := getattr(found, name)) is not None else "too little to tell it from"
     criteria = Counter(r.criterion or "none named" for r in rankings)
-    simulated = sum(r.simulated for r in rankings)
+    simulated, decisions = sum(r.simulated for r in given), len(rankings) - len(given)
+    others = (f", {simulated} of them simulated" if simulated else "") + (f", and {decisions} decisions of reviewers" if decisions else "")
+    prompts, labelers = (len({getattr(r, name) for r in given}) for name in ("prompt_id", "labeler"))
     head = yaml.safe_dump({"pretty_name": name, "tags": ["preference", "rlhf", "accord"], "configs": configs}, sort_keys=False)
     return f"""---
 {head}---
 
 # {name}
 
-{len(rankings)} rankings of {found.prompts} prompts by {len(found.labelers)} labelers{f", {simulated} of them simulated" if simulated else ""}, given by criterion {", ".join(f"{c} ({n})" for c, n in sorted(criteria.items()))}.
+{len(given)} rankings of {prompts} prompts by {labelers} labelers{others}, given by criterion {", ".join(f"{c} ({n})" for c, n in sorted(criteria.items()))}.
 
 | table | rows | what |
 |---|---|---|
@@ -276,8 +291,8 @@ def _card(name: str, configs: list[dict[str, Any]], rankings: Sequence[Ranking],
 
 Prompts, not pairs, are split: `train`, `validation`, `test` follow from the prompt's id.
 
-Agreement (95% intervals over prompts): two labelers say the same of two completions {told(found.with_ties)}, without ties {told(found.without_ties)};
-Krippendorff's alpha (ordinal) {told(found.alpha)}.
+Agreement (95% intervals over prompts): two labelers say the same of two completions {told("with_ties")}, without ties {told("without_ties")};
+Krippendorff's alpha (ordinal) {told("alpha")}.
 
 No licence is given here; add one before you share it.
 """

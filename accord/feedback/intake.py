@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from accord.data.records import Completion
+from accord.data.records import Completion, Ranking
 from accord.data.sources import read_completions, read_rankings
 from accord.disk import read_text
 from accord.errors import UserError
 from accord.feedback.store import Kind, Store
+from accord.progress import several
 
 
 def set_criterion(store: Store, path: str | None) -> None:
@@ -28,34 +30,62 @@ def set_criterion(store: Store, path: str | None) -> None:
         store.set_criterion(text)
 
 
-def begin_with(store: Store, completions: Sequence[str], gold: str | None = None, calibration: str | None = None) -> Iterator[str]:
-    """Add the completions of files; those that a file of known rankings speaks of become gold or calibration items.
+@dataclass(frozen=True)
+class Intake:
+    """What files bring into a store: completions by prompt, which ranks of them are known, and rankings."""
 
-    Yields:
-        A line for people, for each kind of item.
+    completions: dict[str, list[Completion]]
+    known: dict[str, tuple[Kind, Ranking]]
+    rankings: list[Ranking]
 
-    Raises:
-        UserError: a file is not as it should be, or known rankings speak of other completions.
-    """
-    given: dict[str, list[Completion]] = {}
-    for source in completions:
-        for key, group in read_completions(source, with_tokens=False).items():
-            if key in given:
-                raise UserError(f"{source}: prompt '{key}' is in another of the files too.")
-            given[key] = group
-    known: dict[str, tuple[Kind, Sequence[int | None]]] = {}
-    for kind, path in (("gold", gold), ("calibration", calibration)):
-        for ranking in read_rankings(path) if path else ():
-            if ranking.prompt_id not in given:
-                raise UserError(f"{path}: prompt '{ranking.prompt_id}' is not among the --completions.")
-            if ranking.prompt_id in known:
-                raise UserError(f"{path}: prompt '{ranking.prompt_id}' has known ranks already.")
-            known[ranking.prompt_id] = (kind, ranking.ranks)  # type: ignore[assignment]
-    kinds: tuple[Kind, ...] = ("real", "gold", "calibration")
-    for kind in kinds:
-        mine = {key: group for key, group in given.items() if known.get(key, ("real",))[0] == kind}
-        ranks: Mapping[str, Sequence[int | None]] = {key: known[key][1] for key in mine if key in known}
-        if mine:
-            new = store.add_items(mine, kind, ranks or None)
-            what = {"real": "prompts to rank", "gold": "prompts with known ranks", "calibration": "prompts to begin with"}[kind]
-            yield f"{len(mine)} {what}, {new} of them new."
+    @classmethod
+    def read(
+        cls, completions: Sequence[str], gold: str | None = None, calibration: str | None = None, rankings: str | None = None
+    ) -> Intake:
+        """Everything that can be refused before there is a store.
+
+        Args:
+            gold, calibration: rankings that are known to be right, one a prompt.
+
+        Raises:
+            UserError: a file is not as it should be.
+        """
+        given: dict[str, list[Completion]] = {}
+        for source in completions:
+            for key, group in read_completions(source, with_tokens=False).items():
+                if key in given:
+                    raise UserError(f"{source}: prompt '{key}' is in another of the files too.")
+                given[key] = group
+        known: dict[str, tuple[Kind, Ranking]] = {}
+        kinds: tuple[tuple[Kind, str | None], ...] = (("gold", gold), ("calibration", calibration))
+        for kind, path in kinds:
+            for ranking in read_rankings(path) if path else ():
+                if ranking.prompt_id in known:
+                    raise UserError(f"{path}: prompt '{ranking.prompt_id}' has known ranks already.")
+                known[ranking.prompt_id] = (kind, ranking)
+        return cls(given, known, read_rankings(rankings) if rankings else [])
+
+    def bring_into(self, store: Store) -> Iterator[str]:
+        """Add it; prompts whose ranks are known become gold or calibration items.
+
+        Yields:
+            A line for people, for each kind of item.
+
+        Raises:
+            UserError: it does not fit what is in the store.
+        """
+        there = store.of_prompts([key for key in self.known if key not in self.completions])
+        missing = next((key for key in self.known if key not in self.completions and key not in there), None)
+        if missing is not None:
+            raise UserError(f"Of '{missing}', whose ranks are known, there are no completions, neither here nor in the store; give --completions too.")  # fmt: skip
+        everything = self.completions | there
+        for kind, what in WHAT.items():
+            mine = {key: group for key, group in everything.items() if (self.known[key][0] if key in self.known else "real") == kind}
+            ranks = {key: self.known[key][1].ranks for key in mine if key in self.known}
+            if mine:
+                yield f"{several(len(mine), 'prompt')} {what}, {store.add_items(mine, kind, ranks or None)} of them new."
+        if self.rankings:
+            yield f"{several(len(self.rankings), 'ranking')}, {store.add_rankings(self.rankings)} of them new."
+
+
+WHAT: dict[Kind, str] = {"real": "to rank", "gold": "with known ranks", "calibration": "to begin with"}

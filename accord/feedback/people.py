@@ -303,6 +303,11 @@ def _check_role(role: str) -> None:
         raise UserError(f"There is no role '{role}'; there are {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")
 
 
+def code_of(token: str) -> str:
+    """Four letters by which a link is known among others: the beginning of what the store has of it."""
+    return _digest(token)[:4]
+
+
 def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 

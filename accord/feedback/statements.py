@@ -35,10 +35,11 @@ OPEN = (
     select(assignments)
     .join(items, items.c.id == assignments.c.item)
     .where(assignments.c.person == _person, assignments.c.state.in_(("open", "late")), or_(assignments.c.state == "open", items.c.wanted))
+    .where(assignments.c.round != RULING)
     .order_by(assignments.c.id)
     .limit(1)
 )
-"""What a person has open; late items only as long as nobody else has taken them."""
+"""What a person has open; late items only as long as nobody else has taken them. A decision waits where it was begun."""
 
 ANSWERED = select(func.count()).select_from(assignments).where(assignments.c.person == _person, assignments.c.state != "open")
 SHOWN = select(assignments, items).join(items, items.c.id == assignments.c.item).where(assignments.c.id == _key)

@@ -15,7 +15,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +81,15 @@ class Label:
         }
 
     def plain(self) -> Label:
-        """The same, where what is said of no completion is not there."""
-        return replace(self, ratings=self.ratings if any(self.ratings) else (), flags=self.flags if any(self.flags) else ())
+        """The same, where what is said of no completion is not there, and flags are in their order."""
+        flags = tuple(tuple(sorted(set(some), key=FLAGS.index)) for some in self.flags)
+        return replace(self, ratings=self.ratings if any(self.ratings) else (), flags=flags if any(flags) else ())
+
+    def completed(self, other: Label) -> Label | None:
+        """This one with what only the other says besides; None if they say different things."""
+        mine, theirs = self.plain(), other.plain()
+        both = [(getattr(mine, f.name), getattr(theirs, f.name)) for f in fields(Label)]
+        return None if any(a and b and a != b for a, b in both) or mine.ranks != theirs.ranks else Label(*(a or b for a, b in both))
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Label:
@@ -97,6 +104,7 @@ class Assignment:
         order: ``order[place]`` is the index of the completion shown there: shuffled by labeler, item and round, and always the same.
         calibration: it is one to begin with, whose ``gold`` ranks are shown after the answer. Other items with known ranks look like any.
         answers: how often it was answered; a draft belongs to one of these times.
+        decision: it is a reviewer's to decide.
     """
 
     id: int
@@ -109,6 +117,7 @@ class Assignment:
     label: Label | None = None
     gold: tuple[int | None, ...] | None = None
     answers: int = 0
+    decision: bool = False
 
 
 class Store:
@@ -210,6 +219,7 @@ class Store:
             UserError: a prompt has no two completions or more than nine, is there with other texts, or lacks its known ranks.
         """
         fresh: list[dict[str, Any]] = []
+        new = 0
         with self.database.write() as connection:
             there = self._there(connection, list(completions))
             for key, group in completions.items():
@@ -230,10 +240,12 @@ class Store:
                 before = there.get(key)
                 content = group[0].prompt.content
                 if before is not None:
-                    if (before.content, before.completions, before.kind, before.gold) != (content, texts, kind, known and list(known)):
-                        raise UserError(
-                            f"Prompt '{key}' is in the store with another text, other completions or other known ranks; give it another id."
-                        )
+                    if (before.content, before.completions) != (content, texts):
+                        raise UserError(f"Prompt '{key}' is in the store with another text or other completions; give it another id.")
+                    if (before.kind, before.gold) == (kind, known and list(known)) or known is None:
+                        continue  # what is known of it is known
+                    self._make_known(connection, before, kind, known)
+                    new += 1
                     continue
                 fresh.append({
                     "prompt_id": key, "theme": group[0].prompt.theme, "content": content, "completions": texts, "kind": kind,
@@ -242,17 +254,25 @@ class Store:
                 })  # fmt: skip
             if fresh:
                 connection.execute(insert(items), fresh)
-            self.database.note(connection, "items added", None, after={"kind": kind, "new": len(fresh)})
-        return len(fresh)
+            self.database.note(connection, "items added", None, after={"kind": kind, "new": len(fresh) + new})
+        return len(fresh) + new
+
+    def _make_known(self, connection: Connection, item: Any, kind: Kind, known: Sequence[int | None]) -> None:
+        """An item that nobody has had becomes one whose ranks are known."""
+        had = connection.execute(select(assignments.c.id).where(assignments.c.item == item.id).limit(1)).first()
+        if had is not None or item.kind != "real":
+            why = "people have had it already" if item.kind == "real" else f"it is a {item.kind} item, with other ranks or none"
+            raise UserError(f"Prompt '{item.prompt_id}' cannot become a {kind} item: {why}. Choose another prompt, or give it another id.")
+        connection.execute(update(items).where(items.c.id == item.id).values(kind=kind, gold=list(known)))
 
     def add_rankings(self, rankings: Sequence[Ranking]) -> int:
-        """Import raw rankings, and decisions, under their labelers' names; returns how many are new. Labelers who are not there yet come without a
-        password, and versions of the criterion that are not, without their text.
+        """Import raw rankings, and decisions, under their labelers' names; returns how many say something new. Labelers who are not
+        there yet come without a password, and versions of the criterion that are not, without their text. Decisions count as made now.
 
         Raises:
             UserError: a ranking is of no real item, does not fit it, or its labeler said something else of it here.
         """
-        now, new = self.database.clock(), 0
+        new = 0
         with self.database.write() as connection:
             there = self._there(connection, sorted({r.prompt_id for r in rankings}))
             known = {row.name: row.id for row in connection.execute(select(people)).all()}
@@ -263,31 +283,43 @@ class Store:
                     raise UserError(
                         f"Of '{r.prompt_id}', which '{r.labeler}' ranked, there are no completions to rank here; import them first."
                     )
-                label = Label(r.ranks, r.ratings, r.flags, r.note)
-                label.check(len(item.completions))
-                told = label.to_json() | ({"simulated": True} if r.simulated else {})  # until somebody changes it on the page
+                try:
+                    Label(r.ranks, r.ratings, r.flags, r.note).check(len(item.completions))
+                except UserError as error:
+                    raise UserError(f"The ranking of '{r.prompt_id}' by '{r.labeler}': {error}") from None
                 if r.labeler not in known:
                     known[r.labeler] = self.people.add_in(connection, r.labeler, "labeler").id
                 if r.criterion and r.criterion not in versions:
                     check_text(r.criterion, "A criterion's version", 80)
                     connection.execute(insert(criteria).values(version=r.criterion, text="", created=0.0))
                     versions.add(r.criterion)
-                number = RULING if r.decision else FIRST
-                of = {"of_item": item.id, "of_person": known[r.labeler], "of_round": number}
-                before = connection.execute(statements.GIVEN, of).one_or_none()
-                if before is not None:
-                    if before.state != "done" or Label.of(before.label).plain() != label.plain():
-                        raise UserError(f"'{r.labeler}' said something else of '{r.prompt_id}' here; a label is changed on the page.")
-                    continue
-                values = {
-                    "item": item.id, "person": known[r.labeler], "round": number, "state": "done", "lease": now, "opened": now, "closed": now,
-                    "answered": now, "answers": 1, "label": told, "criterion": r.criterion or None,
-                }  # fmt: skip
-                key = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
-                self._take(connection, item.id, number, +1)
-                self.database.note(connection, "imported", known[r.labeler], key, after=told)
-                new += 1
+                new += self._import(connection, item.id, known[r.labeler], r)
         return new
+
+    def _import(self, connection: Connection, item: int, person: int, r: Ranking) -> bool:
+        """One ranking, as if it had been given on the page. False: it says nothing that is not there."""
+        now, number, label = self.database.clock(), RULING if r.decision else FIRST, Label(r.ranks, r.ratings, r.flags, r.note)
+        before = connection.execute(statements.GIVEN, {"of_item": item, "of_person": person, "of_round": number}).one_or_none()
+        if before is not None and before.label:
+            whole = Label.of(before.label).completed(label)
+            if whole is None:
+                raise UserError(f"'{r.labeler}' said something else of '{r.prompt_id}' here; a label is changed on the page.")
+            if whole == Label.of(before.label).plain():
+                return False
+            label = whole
+        told = label.to_json() | ({"simulated": True} if r.simulated else {})  # until somebody changes it on the page
+        values = {"state": "done", "label": told, "draft": None, "closed": now, "answered": now, "criterion": r.criterion or None}
+        if before is None:
+            values |= {"item": item, "person": person, "round": number, "lease": now, "opened": now, "answers": 1}
+            key: int = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
+        else:  # it was open, or less was said of it
+            key, holding = before.id, before.state in ("open", "done")
+            values |= {"answers": before.answers + 1, "closed": before.closed or now, "criterion": before.criterion or r.criterion or None}
+            connection.execute(statements.CHANGE, {"of_key": key, **values})
+        if before is None or not holding:
+            self._take(connection, item, number, +1)
+        self.database.note(connection, "imported", person, key, before=before and before.label, after=told)
+        return True
 
     def set_priority(self, priority: Mapping[str, float]) -> None:
         """Ask first for the items, by prompt id, of the highest priority; others stay where they are."""
@@ -412,6 +444,7 @@ class Store:
             row.label and Label.of(row.label),
             tuple(row.gold) if row.kind == "calibration" and row.label else None,
             row.answers,
+            row.round == RULING,
         )
 
     def assignment(self, person: Person, key: int) -> Assignment:
@@ -551,6 +584,11 @@ class Store:
             rows = connection.execute(select(items).where(items.c.kind == "real").order_by(items.c.id)).all()
         return {row.prompt_id: _completions(row) for row in rows}
 
+    def of_prompts(self, keys: Sequence[str]) -> dict[str, list[Completion]]:
+        """Completions of those of these prompts that are there."""
+        with self.database.read() as connection:
+            return {key: _completions(row) for key, row in self._there(connection, list(keys)).items()}
+
     def of_prompt(self, prompt_id: str) -> tuple[list[Completion], list[Ranking]]:
         """A real prompt's completions, and what people say of them.
 
@@ -575,9 +613,13 @@ class Store:
         return [(row.prompt_id, tuple(row.gold)) for row in rows]
 
     def effort(self) -> list[dict[str, Any]]:
-        """Every answer: who, when, how many seconds, done or skipped, of which kind of item."""
+        """Every answer but decisions: who, when, how many seconds, done or skipped, of which kind of item."""
         query = select(people.c.name, assignments.c.closed, assignments.c.seconds, assignments.c.state, items.c.kind)
-        query = query.join(people, people.c.id == assignments.c.person).join(items, items.c.id == assignments.c.item)
+        query = (
+            query.where(assignments.c.round != RULING)
+            .join(people, people.c.id == assignments.c.person)
+            .join(items, items.c.id == assignments.c.item)
+        )
         with self.database.read() as connection:
             return [
                 dict(row._mapping)
@@ -624,7 +666,7 @@ class Store:
                 "items": total,
                 "complete": complete,
                 "rankings": count(assignments.c.state == "done", first),
-                "skipped": count(assignments.c.state == "skipped"),
+                "skipped": count(assignments.c.state == "skipped", first),
             }
 
     def log(self, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def print_agreement(found: Agreement) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, meaning in MEANING.items():
         value = getattr(found, name)
-        table.add_row(str(value) if value is not None else "nothing to tell it from", meaning)
+        table.add_row(str(value) if value is not None else "too little to tell it from", meaning)
     console.print(table)
     table = Table(title="Labelers", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "rankings", "F", "ties", "like others", "like gold", "right"):

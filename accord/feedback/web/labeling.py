@@ -122,7 +122,7 @@ def label(request: Request, session: Anyone, number: int, answer: Answer) -> dic
 def history(request: Request, session: Anyone) -> dict[str, Any]:
     """One's own answers, the last first."""
     answers = Site.of(request).store.history(session.person)
-    return {"items": [{"id": a.id, "prompt": a.prompt.text[:200], "label": told(a)} for a in answers]}
+    return {"items": [{"id": a.id, "prompt": a.prompt.text[:200], "label": told(a), "decision": a.decision} for a in answers]}
 
 
 def work(store: Store, person: Person) -> dict[str, int]:
@@ -160,4 +160,5 @@ def shown(given: Assignment) -> dict[str, Any]:
         "draft": given.draft,
         "label": told(given),
         "answers": given.answers,
+        "decision": given.decision,
     }

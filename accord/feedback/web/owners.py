@@ -19,7 +19,7 @@ from accord.data.sources import read_completions
 from accord.errors import UserError
 from accord.feedback.export import Rows, rows
 from accord.feedback.overview import SAYS, Overview, overview
-from accord.feedback.people import ROLES
+from accord.feedback.people import ROLES, code_of
 from accord.feedback.statements import RULING
 from accord.feedback.store import Store
 from accord.feedback.summary import MEANING
@@ -62,12 +62,14 @@ def _overview(request: Request, session: Any, status: int = 200, **told: Any) ->
     seen = watched.now()
     numbers = [(meaning, getattr(seen.agreement, name)) for name, meaning in MEANING.items()] if seen.agreement else []
     decided = {r.prompt_id for r in site.store.rankings(number=RULING)}
-    disputed = [(of, of.prompt in decided) for of in (seen.agreement.disputed if seen.agreement else []) if of.same < 1][:SHOWN]
+    some = [of for of in (seen.agreement.disputed if seen.agreement else []) if of.same < 1][:SHOWN]
+    asked = site.store.of_prompts([of.prompt for of in some])
+    disputed = [(of, asked[of.prompt][0].prompt.text, of.prompt in decided) for of in some if of.prompt in asked]
     days = line_chart("Rankings a day", {"rankings": [(float(k), float(n)) for k, (_, n) in enumerate(seen.days)]}, f"{seen.days[0][0]} to {seen.days[-1][0]}", "day") if len(seen.days) > 1 else ""  # fmt: skip
     retraining: Retraining | None = request.app.state.retraining
     trained = retraining.history() if retraining else []
     version, text = site.store.criterion() or ("", "")
-    values = {"link": "", "error": "", "done": ""} | told
+    values = {"link": "", "whose": "", "error": "", "done": ""} | told
     return site.page(
         request, "overview", session, status, seen=seen, numbers=numbers, disputed=disputed, days=days, says=SAYS, trains=retraining is not None,
         training=retraining is not None and retraining.running, trained=trained, accuracy=_accuracy(trained), formats=FORMATS, people=site.store.people.everyone(), invitations=site.store.people.invitations(),
@@ -89,10 +91,10 @@ def disputed(request: Request, session: Reviewer, prompt: str) -> Response:
     """How everybody ranked one prompt."""
     site = Site.of(request)
     completions, rankings = site.store.of_prompt(prompt)
-    ranked = [(r.labeler, as_written(r.ranks), r.note, r.decision) for r in rankings]
+    ranked = [{**vars(r), "ranks": as_written(r.ranks)} for r in rankings]
     return site.page(
         request, "disputed", session, prompt_id=prompt, turns=turns(completions[0].prompt.content),
-        answers=[markdown(c.text) for c in completions], ranked=ranked,
+        answers=[markdown(c.text) for c in completions], ranked=ranked, decided=any(r.decision for r in rankings),
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def retrain(request: Request, session: Owner) -> Response:
 @routes.post("/people/invite", response_class=HTMLResponse)
 def invite(request: Request, session: Owner, role: Annotated[str, Form(max_length=20)]) -> Response:
     """A link for one person."""
-    return _with_link(request, session, Site.of(request).store.people.invite(role, session.person))
+    return _with_link(request, session, Site.of(request).store.people.invite(role, session.person), f"somebody new, as {role}")
 
 
 @routes.post("/people/revoke")
@@ -151,11 +153,14 @@ def revoke(request: Request, session: Owner, invitation: Annotated[str, Form(max
 @routes.post("/people/{number}/password", response_class=HTMLResponse)
 def new_password(request: Request, session: Owner, number: int) -> Response:
     """A link by which somebody who has forgotten their password chooses another."""
-    return _with_link(request, session, Site.of(request).store.people.new_password(number, session.person))
+    people = Site.of(request).store.people
+    token = people.new_password(number, session.person)
+    return _with_link(request, session, token, next(f"{p['name']}, a new password" for p in people.everyone() if p["id"] == number))
 
 
-def _with_link(request: Request, session: Any, token: str) -> Response:
-    return _overview(request, session, link=f"{request.url.scheme}://{request.headers['host']}/invite/{token}")
+def _with_link(request: Request, session: Any, token: str, whose: str) -> Response:
+    url = f"{request.url.scheme}://{request.headers['host']}/invite/{token}"
+    return _overview(request, session, link=url, whose=f"{whose} ({code_of(token)})")
 
 
 @routes.post("/people/{number}/active")

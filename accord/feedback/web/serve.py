@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from accord.errors import UserError
+from accord.errors import UserError, did_you_mean
 from accord.feedback.people import Person
 from accord.feedback.store import Store
 from accord.feedback.web.retraining import Retraining
@@ -42,9 +42,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address(listening: socket.socket, settings: WebSettings | None = None) -> str:
     """The address to give a browser: behind a proxy with TLS the first of the names that it goes by."""
+    host, port = listening.getsockname()[:2]
+    return _at(host, port, settings)
+
+
+def _at(host: str, port: int, settings: WebSettings | None) -> str:
     if settings is not None and settings.https and settings.hosts:
         return f"https://{settings.hosts[0]}"
-    host, port = listening.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -86,21 +90,24 @@ def first_owner(store: Store, at: str) -> str | None:
     return f"{at}/invite/{store.people.invite('owner')}"
 
 
-def announce(store: Store, settings: WebSettings, listening: socket.socket, note: str, forgot: str | None = None) -> None:
-    """Print where the pages are, and the first owner's link if there is none yet.
-
-    Args:
-        forgot: who is to choose a new password; its link is printed, too.
+def forgotten(store: Store, settings: WebSettings, host: str, port: int, name: str) -> None:
+    """Print the link by which somebody chooses a new password, at the server that listens there.
 
     Raises:
         UserError: there is nobody of this name, or everybody is let in.
     """
+    if settings.alone is not None:
+        raise UserError("Without --accounts there are no passwords.")
+    person = store.people.get(name)
+    if person is None:
+        raise UserError(f"There is no '{name}' here.{did_you_mean(name, [p['name'] for p in store.people.everyone()])}")
+    at = _at(host, port, settings)
+    console.print(f"{name} chooses a new password: {at}/invite/{store.people.new_password(person.id)}", soft_wrap=True, markup=False)
+
+
+def announce(store: Store, settings: WebSettings, listening: socket.socket, note: str) -> None:
+    """Print where the pages are, and the first owner's link if there is none yet."""
     at = address(listening, settings)
-    if forgot is not None:
-        person = store.people.get(forgot)
-        if person is None or settings.alone is not None:
-            raise UserError(f"There is no '{forgot}' who logs in here." if person is None else "Without --accounts there are no passwords.")
-        console.print(f"{forgot} chooses a new password: {at}/invite/{store.people.new_password(person.id)}", soft_wrap=True, markup=False)
     if settings.alone is None and (link := first_owner(store, at)):
         console.print(f"Become the owner: {link}", soft_wrap=True, markup=False)
     console.print(f"Rank at {at}   ({note})", soft_wrap=True, markup=False)

@@ -187,10 +187,12 @@ function show(answer) {
   at = Math.max(0, state.ranks.indexOf(null)); // where a draft was left
   before = at > 0 ? at - 1 : Math.min(1, count - 1);
   const edits = given.state === "done" || given.state === "skipped";
-  $("mode").hidden = !(given.calibration || edits);
-  $("mode").textContent = edits
-    ? "You are changing an earlier answer. Submit it, or go on with the next item by E and Esc."
+  $("mode").hidden = !(given.calibration || edits || given.decision);
+  $("mode").textContent = given.decision
+    ? `You decide this prompt: your ranking stands in the place of the others' in what is trained on.${edits ? " You have decided it before." : ""}`
+    : edits ? "You are changing an earlier answer. Submit it, or go on with the next item by E and Esc."
     : "One to begin with: after your answer you see how others rank it.";
+  if (given.decision) $("mode").append(" ", element("a", { href: "/overview#disputed", textContent: "Back to what is disputed" }));
   $("prompt").replaceChildren(...given.prompt.map(turn));
   $("completions").replaceChildren(...given.completions.map(card));
   $("board").replaceChildren(...lanes(count));
@@ -399,12 +401,12 @@ function leave(body) {
 
 function submit() {
   if (!complete()) return hint("Some answers have no rank yet.");
-  leave({ ranks: state.ranks, ratings: state.ratings, flags: state.flags, note: state.note });
+  leave({ ranks: state.ranks, ratings: state.ratings, flags: state.flags, note: state.note.trim() });
 }
 
 function skip(reason) {
   $("skip-dialog").close();
-  if (reason.trim()) leave({ reason: reason.trim(), ratings: state.ratings, flags: state.flags, note: state.note });
+  if (reason.trim()) leave({ reason: reason.trim(), ratings: state.ratings, flags: state.flags, note: state.note.trim() });
 }
 
 function calibrate(gold, mine) {
@@ -418,8 +420,8 @@ function calibrate(gold, mine) {
 async function earlier() {
   try {
     const { items } = await ask("GET", "/api/history");
-    const list = items.map(({ id, prompt, label }) => {
-      const made = element("button", {}, element("b", { textContent: label?.reason ? `skipped: ${label.reason}` : (label?.ranks ?? []).map((r, p) => `${LETTERS[p]} ${r}`).join(", ") }), element("br"), prompt);
+    const list = items.map(({ id, prompt, label, decision }) => {
+      const made = element("button", {}, element("b", { textContent: (decision ? "decision: " : "") + (label?.reason ? `skipped: ${label.reason}` : (label?.ranks ?? []).map((r, p) => `${LETTERS[p]} ${r}`).join(", ")) }), element("br"), prompt);
       made.onclick = () => ((chosen = true), $("earlier-dialog").close(), open(id));
       return made;
     });
@@ -494,9 +496,10 @@ document.addEventListener("keydown", (event) => {
   heard();
   const dialog = document.querySelector("dialog[open]");
   if (dialog) {
-    if (dialog.id === "skip-dialog" && !event.target.matches("input") && /^[1-9]$/.test(event.key)) {
-      const choice = dialog.querySelectorAll(".choices button")[event.key - 1];
+    if (dialog.id === "skip-dialog" && !event.target.matches("input")) {
+      const choice = /^[1-9]$/.test(event.key) && dialog.querySelectorAll(".choices button")[event.key - 1];
       if (choice) event.preventDefault(), choice.click();
+      else if (event.key.length === 1 && !event.ctrlKey && !event.metaKey) $("skip-words").focus(); // where this letter then lands: a reason in one's own words
     }
     if (dialog.id === "earlier-dialog" && ["ArrowDown", "ArrowUp", "j", "k"].includes(event.key)) {
       const choices = [...$("earlier-list").querySelectorAll("button")], place = choices.indexOf(document.activeElement);
