@@ -31,9 +31,11 @@ from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean, needs
 from accord.feedback.settings import QueueSettings
 from accord.progress import console, orderly_stop, several
+from accord.supervised.settings import SFTSettings
 
 if TYPE_CHECKING:
     from accord.feedback.store import Store
+    from accord.supervised.training import Tuned
 
 BUNDLED = "smollm2-135m-instruct"
 MODEL_HELP = f"the bundled model ({BUNDLED}), a local Hugging Face folder, or a Hugging Face id"
@@ -280,6 +282,22 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     out.add_argument("--out", type=Path, required=True, help="file, or with --as dataset the folder, to write; new")
 
+    sft = command(
+        "sft",
+        do_sft,
+        "Supervised fine-tuning: teach a model to answer as examples do.",
+        "accord sft --examples chats.jsonl --out runs/taught",
+        SFTSettings,
+    )
+    sft.add_argument("--model", default=BUNDLED, help=MODEL_HELP)
+    sft.add_argument(
+        "--examples",
+        required=True,
+        help="rows with 'messages' that end with the assistant's, or 'prompt' and 'completion': .jsonl, .json, .parquet, .csv or hf:ORG/NAME",
+    )
+    sft.add_argument("--validation", help="examples that are measured on and not learned from [a tenth of --examples]")
+    sft.add_argument("--out", type=Path, required=True, help="run folder; the model is in its policy/")
+
     rl = command(
         "rl",
         do_rl,
@@ -358,7 +376,7 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel], base: BaseMod
         if not path.is_file():
             raise UserError(f"Config file {path} does not exist.")
         values = load_yaml(read_text(path), str(path))
-        block = {"rl": "rl", "evaluate": "evaluation"}.get(arguments.command, "")
+        block = {"rl": "rl", "sft": "sft", "evaluate": "evaluation"}.get(arguments.command, "")
         if "command" in values and isinstance(values.get(block), dict):  # the config.yaml of a run
             values = values[block]
     values |= given(arguments, kind)
@@ -407,7 +425,7 @@ def do_plan(arguments: argparse.Namespace) -> None:
 
 
 def do_resume(arguments: argparse.Namespace) -> None:
-    from accord.api import finish_rl, prepare_rl
+    from accord.api import finish_rl, finish_sft, prepare_rl, prepare_sft
     from accord.pipeline import Pipeline
     from accord.runs import Run
 
@@ -418,6 +436,8 @@ def do_resume(arguments: argparse.Namespace) -> None:
     elif config["command"] == "rl":
         finish_rl(run, prepare_rl(config, where))
         _after_rl(arguments.run, config.get("environment"))
+    elif config["command"] == "sft":
+        _after_sft(arguments.run, finish_sft(run, prepare_sft(config, where)))
     else:
         raise UserError(f"{where} names no command that can be resumed ({config['command']!r}).")
 
@@ -551,6 +571,30 @@ def do_export(arguments: argparse.Namespace) -> None:
         count = export(some, arguments.kind, arguments.out, arguments.fail_weight, weights)
     what = {"groups": "prompt", "unpaired": "completion", "dataset": "pair"}.get(arguments.kind, arguments.kind.removesuffix("s"))
     console.print(f"{several(count, what)} in {arguments.out}", soft_wrap=True)
+
+
+def do_sft(arguments: argparse.Namespace) -> None:
+    from accord.api import finish_sft, prepare_sft
+    from accord.runs import Run, refuse_existing
+
+    config = {
+        "command": "sft",
+        "model": arguments.model,
+        "examples": arguments.examples,
+        "validation": arguments.validation,
+        "sft": settings(arguments, SFTSettings),
+    }
+    refuse_existing(arguments.out)
+    prepared = prepare_sft(config, "accord sft")
+    _after_sft(arguments.out, finish_sft(Run.create(arguments.out, config), prepared))
+
+
+def _after_sft(folder: Path, tuned: Tuned) -> None:
+    if tuned.before is not None and tuned.after is not None:
+        console.print(f"Held-out loss {tuned.before:.3f} -> {tuned.after:.3f} nats a token.")
+    console.print(
+        f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: accord chat --model {folder / 'policy'})", soft_wrap=True
+    )
 
 
 def do_rl(arguments: argparse.Namespace) -> None:
@@ -693,7 +737,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = getattr(arguments, "run", None) or getattr(arguments, "out", None)
         hint = (
             f" Go on with: accord resume {folder}"
-            if arguments.command in ("demo", "run", "rl", "resume")
+            if arguments.command in ("demo", "run", "rl", "sft", "resume")
             else " Run the same command again to go on."
         )
         console.print(f"[yellow]{stopped}[/]{hint if folder else ''}", soft_wrap=True)

@@ -6,7 +6,8 @@
 
 A case is a piece of work and the programs that do it, each in a process of its own. A round runs all of a case's
 programs one after the other; ratios are taken within a round, so that what else the machine does falls on both sides.
-Results are kept in build/bench/results.json, and a case that is measured again replaces its numbers.
+Results are kept in build/bench/results.json, and a case that is measured again replaces its numbers; of cases that are not
+there the page keeps what it has.
 The peers live in their own environment, build/bench/peers, which is made here.
 """
 
@@ -96,6 +97,15 @@ def cases(quick):
             "TRL 1.16.0, every weight": ("peers/reward.py", pairs),
         },
     )
+    examples = {"examples": 80, "batch": 16}
+    out["sft"] = (
+        "Supervised fine-tuning: five steps of 16 examples",
+        {
+            "accord, every weight": ("ours.py", {"what": "sft", **examples, "adaptation": "full"}),
+            "accord, the six top layers": ("ours.py", {"what": "sft", **examples, "adaptation": "split"}),
+            "TRL 1.16.0, every weight": ("peers/sft.py", examples),
+        },
+    )
     return out
 
 
@@ -152,8 +162,13 @@ def table(results):
         "Each ratio is taken within a round: median [least, most]. Above 1, accord is faster, or smaller.",
         "",
     ]
-    for name, case in results.items():
-        lines += [f"## {case['title']}", ""]
+    known = sections()
+    for name, title in titles().items():
+        case = results.get(name)
+        if case is None:
+            lines += known.get(title, [])
+            continue
+        lines += [f"## {title}", ""]
         if "lines" in case:
             lines += [*case["lines"], "", f"<sub>{case['when']}.</sub>", ""]
             continue
@@ -165,6 +180,21 @@ def table(results):
         "peers with transformers 5.17.0. Made by `make bench` (bench/compare.py); what each program runs is in bench/ours.py and bench/peers/.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def titles():
+    """Of all cases, by name, in the order of the page."""
+    return {name: title for name, (title, _) in cases(False).items()} | ALONE
+
+
+def sections():
+    """What the page has already: lines by title."""
+    found, title = {}, None
+    for line in TABLE.read_text().splitlines() if TABLE.exists() else []:
+        title = line.removeprefix("## ") if line.startswith("## ") else None if line.startswith("Work: ") else title
+        if title:
+            found.setdefault(title, []).append(line)
+    return found
 
 
 def programs(rounds):
@@ -207,7 +237,6 @@ def main():
 
     model = str(bundled_folder())
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    order = [*cases(False), *ALONE]
     for name, (title, programs) in cases(arguments.quick).items():
         if arguments.only and not any(word in name for word in arguments.only):
             continue
@@ -220,7 +249,7 @@ def main():
         results[name] = {"title": title, "rounds": rounds, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
         if not arguments.quick:
             RESULTS.write_text(json.dumps(results))
-            TABLE.write_text(table({n: results[n] for n in order if n in results}))
+            TABLE.write_text(table(results))
     run = lambda task: measure("ours.py", task, model)
     for name, title in ALONE.items():
         if (arguments.only and not any(word in name for word in arguments.only)) or arguments.quick:
@@ -238,8 +267,8 @@ def main():
             lines = {"growth": alone.growth, "share": alone.share}[name](run)
         results[name] = {"title": title, "lines": lines, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}
         RESULTS.write_text(json.dumps(results))
-        TABLE.write_text(table({n: results[n] for n in order if n in results}))
-    print(table({n: results[n] for n in order if n in results}))
+        TABLE.write_text(table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import work
 
-from accord.data.records import Completion, Pair, PairGroup, Prompt
+from accord.data.records import Completion, Example, Pair, PairGroup, Prompt
 from accord.nn import attention, fused, logprobs, native
 from accord.nn.weights import parse_config, read_config
 from accord.plan import random_model
@@ -24,6 +24,9 @@ from accord.rollout import matrices, pieces
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
+from accord.supervised.examples import Encoded
+from accord.supervised.settings import SFTSettings
+from accord.supervised.training import tune
 from accord.text.tokenizer import Tokenizer
 
 
@@ -184,6 +187,21 @@ def reward(task):
     work.report(seconds=two - one)
 
 
+def sft(task):
+    """The steps of one epoch: what a second one adds."""
+    policy = load(task)
+    policy.tokenizer.inner.chat_template, policy.tokenizer.eos_ids = None, (policy.tokenizer.inner.eos_token_id,)
+
+    def run(count, epochs):
+        examples = [Example(f"e{i}", prompt, answer) for i, (prompt, answer, _) in enumerate(work.pairs(count))]
+        settings = SFTSettings(adaptation=task["adaptation"], epochs=epochs, examples_per_step=task["batch"])
+        tune(policy, Encoded(policy, examples, None), None, settings, recorder(lambda *_: None))
+
+    run(task["batch"], 1)  # one step to warm up
+    one, two = (work.clock(lambda n=n: run(task["examples"], n)) for n in (1, 2))
+    work.report(seconds=two - one)
+
+
 def rates(task):
     """What the machine gives: bytes a second read from memory, bf16 operations a second in a matrix product."""
     del task
@@ -196,4 +214,6 @@ def rates(task):
 
 if __name__ == "__main__":
     task = work.task()
-    {"decode": decode, "iteration": iteration, "share": share, "reach": reach, "reward": reward, "rates": rates}[task["what"]](task)
+    {"decode": decode, "iteration": iteration, "share": share, "reach": reach, "reward": reward, "sft": sft, "rates": rates}[task["what"]](
+        task
+    )

@@ -47,6 +47,21 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An answer to imitate, and what it answers: a text, or a chat whose earlier answers are to be imitated too."""
+
+    id: str
+    content: Content
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All of it as a chat; a text is what the user says."""
+        asked = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+        return [*asked, {"role": "assistant", "content": self.answer}]
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn of an episode in an environment: the policy's tokens, what they gave, and what the environment wrote then."""
 

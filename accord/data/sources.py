@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accord.data.records import Completion, Content, Logged, Pair, PairGroup, Prompt, Ranking, Turn
+from accord.data.records import Completion, Content, Example, Logged, Pair, PairGroup, Prompt, Ranking, Turn
 from accord.disk import read_object, read_text
 from accord.errors import UserError, did_you_mean, first_line
+from accord.progress import console, several
 from accord.text.tokenizer import ROLES
 
 MOST_RANKS = 1000
 PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
 RANKING_FIELDS = ("labeler", "criterion", "simulated", "ratings", "flags", "note", "decision")
+ANSWER_FIELDS = ("completion", "answer", "response", "output")
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -308,6 +310,43 @@ def read_completions(source: str | Path, with_tokens: bool = True) -> dict[str, 
     if not found:
         raise UserError(f"{source} holds no completions.")
     return {key: sorted(group, key=lambda c: c.index) for key, group in found.items()}
+
+
+def read_examples(source: str | Path) -> list[Example]:
+    """Answers to imitate: ``messages`` that end with the assistant's, or a ``prompt`` (text or messages) with its ``completion``.
+
+    ``question``, ``instruction`` and ``answer``, ``response``, ``output`` are other names of the two. Rows of ``accord sample`` that
+    the length limit cut (``"finished": false``) are left out, and counted.
+    """
+    found: list[Example] = []
+    cut = 0
+    for place, row in read_rows(source):
+        number = str(row.get("id") or place)
+        if isinstance(row.get("messages"), list) and not any(row.get(name) for name in ANSWER_FIELDS):
+            *asked, last = row["messages"] or [{}]
+            if not isinstance(last, dict) or last.get("role") != "assistant":
+                raise UserError(
+                    f"{place}: the chat does not end with the assistant; what is imitated is an answer, so end 'messages' with one."
+                )
+            question, answer = asked, last.get("content")
+        else:
+            question = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
+            answer = next((row[name] for name in ANSWER_FIELDS if row.get(name)), None)
+        if isinstance(answer, list):
+            answer = _completion_text(answer, place, "completion")
+        if question is None or not isinstance(answer, str) or not answer.strip():
+            hint = _mistyped(row, [name for name in (*PROMPT_FIELDS, *ANSWER_FIELDS) if name not in row])
+            raise UserError(f"{place} needs 'messages' that end with the assistant's, or a 'prompt' and a text 'completion'.{hint}")
+        _check_unicode(answer, place, "completion")
+        if row.get("finished") is False:
+            cut += 1
+            continue
+        found.append(Example(number, check_content(question, place, "prompt"), answer))
+    if cut:
+        console.print(f"Cut by the length limit, and left out: {several(cut, 'completion')} in {source}.", soft_wrap=True, markup=False)
+    if not found:
+        raise UserError(f"{source} holds no examples.")
+    return found
 
 
 def read_logged(source: str | Path) -> list[Logged]:

@@ -18,7 +18,14 @@ from accord.errors import UserError, first_line
 from accord.evaluation.summary import headline, table_rows
 from accord.feedback.criterion import judge
 
+LEADS = {
+    "run": "prompts, completions, rankings, reward model, reinforcement learning, measured.",
+    "rl": "reinforcement learning from scores.",
+    "sft": "supervised fine-tuning.",
+    "evaluate": "two models compared.",
+}
 CURVES = (
+    ("Loss", {"loss": "training", "validation_loss": "held out"}, "-log p, nats a token of what is imitated."),
     ("Reward", {"score": "training", "validation_score": "validation"}, "Mean score of a step's completions, before the KL penalty."),
     ("KL to the reference", {"kl": "KL"}, "Nats a completion, from the sampled tokens."),
     ("Entropy", {"entropy": "entropy"}, "Nats a token, of the whole next-token distribution."),
@@ -72,7 +79,7 @@ def _page(folder: Path) -> str:
     return page.render(
         name=folder.name,
         model=recipe.get("model", ""),
-        lead="prompts, completions, simulated rankings, reward model, PPO, measured." if "recipe" in config else "reinforcement learning from scores.",
+        lead=LEADS[config["command"]],
         headline=headline(facts) if facts else [],
         table=table_rows(facts) if facts else [],
         samples=[[{**side, "text": _text(side["prompt"])} for side in pair] for pair in facts["samples"]] if facts else [],

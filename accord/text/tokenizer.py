@@ -75,10 +75,21 @@ class Tokenizer:
                 raise UserError("The prompt is a chat, but this model's tokenizer has no chat template; give plain text.")
             return self._ids(prompt, True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return self.encode_plain(self.render(messages, True))
+
+    def render(self, messages: Sequence[Message], generation: bool) -> str:
+        """A chat as its template writes it. ``generation``: with the opening of an answer.
+
+        Raises:
+            UserError: the template refuses it.
+        """
         try:
-            text = self.inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return str(self.inner.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False))
         except Exception as error:  # the template is a program of the model's author
             raise UserError(f"The model's chat template refuses the prompt: {first_line(error)}") from None
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens stand already."""
         return self._encode(text, False)
 
     def encode_completion(self, text: str, finished: bool) -> list[int]:
