@@ -41,11 +41,13 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
 from accord.runs import Run, refuse_existing
-from accord.supervised.examples import Encoded
+from accord.supervised.examples import Encoded, Encoding
 from accord.supervised.settings import SFTSettings
 from accord.supervised.training import Tuned, tune
 
-Known = TypeVar("Known", Prompt, Example)
+Known = TypeVar("Known", Prompt, Encoding)
+MEASURED = 500
+"""Examples that are held out at most, unless they are given."""
 CHUNK = 64
 """Prompts sampled and written together; the unit in which sampling is resumed."""
 
@@ -231,6 +233,8 @@ def train_sft(
         UserError: an example does not fit the model, the folder exists, or the run was started with something else.
     """
     s = build(SFTSettings, settings, "sft")
+    if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
+        raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
     if resume and out is None:
         raise UserError("resume goes on with the run in a folder; name it: out='runs/mine'.")
     folder = Path(out) if out is not None else Path("runs") / time.strftime("sft-%Y%m%d-%H%M%S")
@@ -259,12 +263,13 @@ class PreparedSFT:
 
     @classmethod
     def of(cls, policy: Policy, examples: list[Example], validation: list[Example] | None, settings: SFTSettings) -> PreparedSFT:
-        """``validation``: None holds out a tenth of the examples, by id, unless fewer than a step's would be left."""
-        if validation is None:
-            examples, validation = split_validation(examples, settings.examples_per_step)
-        train = Encoded(policy, examples, settings.max_tokens)
-        held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
-        return cls(settings, policy, train, held)
+        """``validation``: None holds out a tenth of the examples, by id, 500 at most, and none if fewer than a step's would be left."""
+        if validation is not None:
+            held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
+            return cls(settings, policy, Encoded(policy, examples, settings.max_tokens), held)
+        every = Encoded(policy, examples, settings.max_tokens)
+        kept, out = split_validation(every.rows, settings.examples_per_step)
+        return cls(settings, policy, every.only(kept + out[MEASURED:]), every.only(out[:MEASURED]) if out else None)
 
 
 def prepare_sft(config: Mapping[str, Any], where: str) -> PreparedSFT:
@@ -621,7 +626,7 @@ def finish_rl(run: Run, prepared: Prepared) -> Outcome:
 
 
 def split_validation(some: list[Known], least: int) -> tuple[list[Known], list[Known]]:
-    """A tenth of prompts or examples, by id, for validation, unless too few would be left to train on."""
+    """A tenth of prompts or encoded examples, by id, for validation, unless too few would be left to train on."""
     held = [one for one in some if split_of(one.id, 0.1, 0.0) == "validation"]
     kept = [one for one in some if split_of(one.id, 0.1, 0.0) != "validation"]
     return (kept, held) if len(kept) >= least else (some, [])

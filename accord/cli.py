@@ -282,6 +282,27 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     out.add_argument("--out", type=Path, required=True, help="file, or with --as dataset the folder, to write; new")
 
+    tokenizer = command(
+        "tokenizer",
+        do_tokenizer,
+        "A tokenizer of your own, learned from texts.",
+        "accord tokenizer --text stories.txt --size 4096 --out my-tokenizer",
+    )
+    tokenizer.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help=".txt or .md files, a folder of them, or rows with a field 'text'; repeat",
+    )
+    tokenizer.add_argument(
+        "--kind", choices=("bpe", "char"), default="bpe",
+        help="bpe: the pairs of bytes that stand together most often become tokens, and everything can be read; char: a token a character [bpe]",
+    )  # fmt: skip
+    tokenizer.add_argument("--size", type=int, metavar="N", help="tokens in all, with --kind bpe [4096]")
+    tokenizer.add_argument("--validation", metavar="FILE", help="text that is not learned from, to measure on [--text itself]")
+    tokenizer.add_argument("--out", type=Path, required=True, help="folder to write, new; transformers opens it")
+
     sft = command(
         "sft",
         do_sft,
@@ -502,7 +523,7 @@ def do_label(arguments: argparse.Namespace) -> None:
             forgotten(store, web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name)), arguments.host, arguments.port, arguments.new_password)  # fmt: skip
         return
     listening = listen(arguments.host, arguments.port)
-    with opened(arguments.store, make=True) as store:
+    with opened(arguments.store, make=not intake.elsewhere) as store:
         store.set_queue(QueueSettings(**settings(arguments, QueueSettings, store.settings)))
         web = web_settings(store, arguments.host, arguments.accounts, arguments.https, tuple(arguments.name), arguments.requests)
         set_criterion(store, arguments.criterion)
@@ -571,6 +592,28 @@ def do_export(arguments: argparse.Namespace) -> None:
         count = export(some, arguments.kind, arguments.out, arguments.fail_weight, weights)
     what = {"groups": "prompt", "unpaired": "completion", "dataset": "pair"}.get(arguments.kind, arguments.kind.removesuffix("s"))
     console.print(f"{several(count, what)} in {arguments.out}", soft_wrap=True)
+
+
+def do_tokenizer(arguments: argparse.Namespace) -> None:
+    from accord.data.sources import read_texts
+    from accord.disk import whole_folder
+    from accord.text.vocabulary import learn_tokenizer, statistics
+
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} already exists; choose another --out or delete it.")
+    texts = read_texts(arguments.text)
+    held = read_texts([arguments.validation]) if arguments.validation else texts
+    learned = learn_tokenizer(texts, arguments.kind, arguments.size)
+    found = statistics(learned, held)
+    with whole_folder(arguments.out) as aside:
+        learned.save_pretrained(str(aside))
+        (aside / "statistics.json").write_text(json.dumps(found._asdict(), indent=1) + "\n")
+    of = "the validation text" if arguments.validation else "the text itself"
+    console.print(
+        f"{len(learned)} tokens in {arguments.out}. Of {of}: {found.bytes_per_token:.2f} bytes a token, {found.coverage:.2%} of the characters can be told, "
+        f"{found.used:.1%} of the vocabulary occurs.",
+        soft_wrap=True,
+    )
 
 
 def do_sft(arguments: argparse.Namespace) -> None:

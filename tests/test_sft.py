@@ -37,6 +37,10 @@ QWEN3 = (  # of what was thought only the last answer's stays, empty where nothi
 MISTRAL = (
     "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+R1 = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 MARKED = CHATML.replace(
     "{{ m.content }}<|im_end|>\n{% endfor %}",
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
@@ -71,13 +75,17 @@ def spelled(tokenizer, parts):
         (CHATML, "<|im_end|>", ["Hello.\n<|im_end|>", "Yes & no<|im_end|>"]),
         (LLAMA3, "<|eot_id|>", ["Hello.<|eot_id|>", "Yes & no<|eot_id|>"]),
         (QWEN3, "<|im_end|>", ["Hello.\n<|im_end|>", "<think>\n\n</think>\n\nYes & no<|im_end|>"]),
-        (MISTRAL, "</s>", ["Hello.\n</s>", "Yes & no</s>"]),
+        (MISTRAL, "</s>", [" Hello.\n</s>", " Yes & no</s>"]),
+        (PHI3, "<|end|>", ["Hello.\n<|end|>", "Yes & no<|end|>"]),
     ],
 )
 def test_what_counts_is_what_the_assistant_writes(template, end, counts):
     tokenizer = tokenizer_of(template, end)
     whole, chosen = spelled(tokenizer, encode_chat(tokenizer, CHAT))
     assert chosen == counts
+    parts = encode_chat(tokenizer, CHAT)
+    for k, turn in ((1, 0), (3, 2)):  # each answer is learned after what it would be sampled from
+        assert [t for part in parts[: turn + 1] for t in part.tokens] == tokenizer.encode_prompt(CHAT[:k])
     rendered = tokenizer.inner.apply_chat_template(CHAT, tokenize=False)
     assert rendered.startswith(whole) and rendered[len(whole) :].strip() == ""  # nothing else is left out than what follows the end
 
@@ -105,12 +113,51 @@ def test_the_bundled_models_own_template():
     assert [t for p in encode_chat(policy.tokenizer, CHAT[:2]) for t in p.tokens][: len(prompt)] == prompt  # as it is sampled from
 
 
+def test_thoughts_are_learned_where_the_template_keeps_them():
+    empty = "{% if m.role == 'assistant' and loop.last %}"
+    tokenizer = tokenizer_of(QWEN3.replace(empty, empty.replace(" %}", " and '<think>' not in m.content %}")))
+    thought = [CHAT[0], {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"}]
+    assert spelled(tokenizer, encode_chat(tokenizer, thought))[1] == ["<think>\nadd\n</think>\n\n4<|im_end|>"]
+
+
+def test_the_users_words_end_no_answer():
+    """An end token that the user writes is none of the assistant's."""
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "<|eot_id|>"))
+    with pytest.raises(UserError, match="does not end what the assistant says"):
+        encode_chat(tokenizer, [*CHAT[:2], {"role": "user", "content": "what is <|im_end|>?"}, CHAT[3]])
+
+
+def test_a_sentencepiece_begins_no_word_in_the_middle():
+    """Where a tokenizer marks the beginning of a text, an answer in the middle of it has no such mark."""
+    from tokenizers import Tokenizer as Raw
+    from tokenizers import decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "\u2581", *sorted(set("Hello.INSTYs&nb<>amr?ti[]/\n"))])}
+    raw = Raw(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Replace("\u2581", " ")
+    raw.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
+    tokenizer.inner.chat_template = MISTRAL
+    parts = encode_chat(tokenizer, CHAT[:2])
+    whole = tokenizer.encode_plain(tokenizer.render(CHAT[:2], False))
+    assert [t for part in parts for t in part.tokens] == whole and parts[0].tokens == tokenizer.encode_prompt(CHAT[:1])
+    assert tokenizer.inner.convert_ids_to_tokens(parts[1].tokens)[:3] == ["\u2581", "H", "e"]
+
+
 def test_texts_without_a_template(tmp_path):
     tokenizer = Tokenizer(byte_tokenizer(chat=False))
     row = encode_example(tokenizer, Example("e", "say", " a"))
-    assert [tokenizer.inner.decode([t]) for t in row.tokens] == ["s", "a", "y", " ", "a", "<|end|>"] and row.chosen == [False] * 3 + [
-        True
-    ] * 3
+    assert [tokenizer.inner.decode([t]) for t in row.tokens] == ["s", "a", "y", " ", "a", "<|end|>"] and list(row.counted) == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
+    assert list(encode_example(tokenizer, Example("e", "", "ab")).counted) == [0, 1, 1]  # before a first token stands nothing
     with pytest.raises(UserError, match=r"Example 'e'.*no chat template"):
         encode_example(tokenizer, Example("e", CHAT[:1], "x"))
 
@@ -121,7 +168,8 @@ def test_texts_without_a_template(tmp_path):
         (CHATML, CHAT[:3], "ends with the user"),
         (CHATML, [], "ends with the user"),
         (CHATML.replace("m.content }}", "m.content | upper }}"), CHAT, "changes what the assistant says"),
-        (CHATML.replace("{{ m.content }}", "{% if not loop.last %}{{ m.content }}{% endif %}"), CHAT, "leaves out something"),
+        (CHATML.replace("{{ m.content }}", "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}"), CHAT, "leaves out some of it"),
+        (R1, CHAT, "writes the answer otherwise than it asks for one"),
         (CHATML.replace("<|im_end|>", ""), CHAT, r"does not end what the assistant says.*<\|im_end\|>"),
         (CHATML.replace("{% endfor %}", "{{ raise_exception('no') }}{% endfor %}"), CHAT, "chat template refuses"),
         ("<|begin_of_text|><|begin_of_text|>" + CHATML, CHAT, "two beginning-of-sequence"),
@@ -146,8 +194,8 @@ def peer_loss(model, rows, pad=0):
     """transformers' own: padded rows, labels of -100 where a token does not count; the sum over tokens."""
     width = max(len(r.tokens) for r in rows)
     pick = lambda values, fill: torch.tensor([v + [fill] * (width - len(v)) for v in values])
-    tokens, mask = pick([r.tokens for r in rows], pad), pick([[1] * len(r.tokens) for r in rows], 0)
-    labels = pick([[t if c else -100 for t, c in zip(r.tokens, r.chosen, strict=True)] for r in rows], -100)
+    tokens, mask = pick([list(r.tokens) for r in rows], pad), pick([[1] * len(r.tokens) for r in rows], 0)
+    labels = pick([[t if c else -100 for t, c in zip(r.tokens, r.counted, strict=True)] for r in rows], -100)
     logits = model(tokens, attention_mask=mask).logits[:, :-1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
@@ -202,7 +250,7 @@ def test_three_steps_are_adamws(tiny_folder, tmp_path):
     for step, share in enumerate((0.5, 1.0, 0.1)):  # a step up, then from 1 to a tenth
         rows = [encoded.rows[i] for i in in_turn(10, step, 4, 0)]
         adam.zero_grad()
-        (peer_loss(model, rows) / sum(sum(r.chosen) for r in rows)).backward()
+        (peer_loss(model, rows) / sum(sum(r.counted) for r in rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adam.param_groups[0]["lr"] = 1e-3 * share
         adam.step()
@@ -263,15 +311,17 @@ ROWS = [
     {"id": "b", "prompt": "q", "completion": "a"},
     {"question": "q", "answer": "a"},
     {"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": "a"}]},
-    {"id": "s", "prompt": "q", "completion": "cut", "finished": False},
+    {"id": "s", "prompt": "q", "completion": "", "finished": False},
+    {"instruction": "Translate.", "input": "Bonjour", "output": "Hello"},
+    {"prompt": CHAT[:1], "completion": [*CHAT[1:3], {"role": "assistant", "content": "42"}]},
 ]
 
 
 def test_forms_of_examples(tmp_path, capsys):
     write_lines(tmp_path / "e.jsonl", ROWS)
-    place = f"{tmp_path}/e.jsonl"
     assert read_examples(tmp_path / "e.jsonl") == [
-        Example(f"{place}:1", CHAT[:1], "Hello.\n"), Example("b", "q", "a"), Example(f"{place}:3", "q", "a"), Example(f"{place}:4", CHAT[:1], "a"),
+        Example("row-00001", CHAT[:1], "Hello.\n"), Example("b", "q", "a"), Example("row-00003", "q", "a"), Example("row-00004", CHAT[:1], "a"),
+        Example("row-00006", "Translate.\n\nBonjour", "Hello"), Example("row-00007", CHAT[:3], "42"),
     ]  # fmt: skip
     assert "1 completion in" in capsys.readouterr().out
     for row, message in (
@@ -279,6 +329,10 @@ def test_forms_of_examples(tmp_path, capsys):
         ({"messages": []}, "does not end with the assistant"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "is empty"),
         ({"prompt": "q"}, "needs 'messages'"),
+        ({"prompt": "q", "completion": "a", "tools": [{}]}, "has 'tools'"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "a message has 'tool_calls'"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]]}, "a message has 'weight'"),
+        ({"prompt": "q", "completion": [{"role": "user", "content": "a"}]}, "does not end with the assistant"),
         ({"prompt": "q", "completion": " "}, "needs 'messages'"),
         ({"prompt": "q", "completon": "a"}, "Did you mean 'completion' by 'completon'"),
         ({"prompt": "q", "completion": "\ud800"}, "half of a surrogate"),
@@ -287,6 +341,29 @@ def test_forms_of_examples(tmp_path, capsys):
         write_lines(tmp_path / "bad.jsonl", [row])
         with pytest.raises(UserError, match=rf"bad\.jsonl:1.*{message}"):
             read_examples(tmp_path / "bad.jsonl")
+
+
+def test_a_tables_answers_are_texts(tmp_path):
+    (tmp_path / "e.csv").write_text('question,answer\n2+2?,4\nIs it?,true\n"Say ""x""","""x"""\n')
+    assert [e.answer for e in read_examples(tmp_path / "e.csv")] == ["4", "true", '"x"']
+
+
+def test_what_is_held_out(tiny, tmp_path):
+    """A tenth by id, 500 at most; none where that would be too long, or too little would be left."""
+    from accord.api import MEASURED, PreparedSFT
+
+    many = [Example(f"row-{i:05d}", "q", "abcdefgh"[i % 8]) for i in range(6000)]
+    of = lambda some, **more: PreparedSFT.of(tiny, some, None, SFTSettings(**more))
+    found = of(many)
+    assert len(found.heldout) == MEASURED and len(found.train) == 5500
+    assert not {row.id for row in found.heldout.rows} & {row.id for row in found.train.rows}
+    assert of(many[:10]).heldout is None and len(of(many[:10]).train) == 10
+    long = [Example(e.id, e.content, "x" * 60) if e.id in {r.id for r in found.heldout.rows} else e for e in many[:40]]
+    assert of(long, max_tokens=20).heldout is None
+    with pytest.raises(UserError, match="epochs"):
+        accord.train_sft(tiny, many, out=tmp_path / "x", epochs=float("inf"))
+    with pytest.raises(UserError, match="another dtype than bfloat16"):
+        accord.train_sft(tiny, many, out=tmp_path / "x", dtype="bfloat16")
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -718,12 +718,20 @@ def test_an_export_imported_is_exported_the_same(make, tmp_path):
     with pytest.raises(UserError, match="'ann' said something else of 'p0'"):
         copy.add_rankings([Ranking("p0", "ann", (1, 2, None), note="and")])
     assert copy.add_rankings([Ranking("p0", "bob", (2, 2, 1), flags=(("other", "toxic"), (), ()))]) == 0  # in whatever order
+    of_bob = lambda: next(r for r in copy.rankings() if (r.prompt_id, r.labeler) == ("p0", "bob"))
+    assert copy.add_rankings([Ranking("p0", "bob", (2, 2, 1), ratings=(7, 3, None), simulated=True)]) == 1
+    assert (of_bob().ratings, of_bob().flags, of_bob().simulated) == (
+        (7, 3, 1),
+        (("toxic", "other"), (), ()),
+        False,
+    )  # a person said it first
     before = copy.progress()
     eve = copy.people.add("eve", "labeler")
     opened, decided = copy.next(eve), copy.rule(eve, "p2")
-    told = [Ranking(opened.prompt.id, "eve", (1, 2, 3)), Ranking("p2", "eve", (3, 2, 1), decision=True)]
+    told = [Ranking(opened.prompt.id, "eve", (1, 2, 3), "v0"), Ranking("p2", "eve", (3, 2, 1), decision=True)]
     assert copy.add_rankings(told) == 2 and copy.add_rankings(told) == 0  # what was open only is answered by it
     assert copy.assignment(eve, opened.id).label.ranks == (1, 2, 3) and copy.assignment(eve, decided.id).label.ranks == (3, 2, 1)
+    assert [r.criterion for r in copy.rankings() if r.labeler == "eve" and not r.decision] == ["v0"]
     assert copy.progress()["rankings"] == before["rankings"] + 1 and len(work(copy, eve)) == 1  # two of five wanted one more
     with pytest.raises(UserError, match="no flag 'toxick'"):
         copy.add_rankings([Ranking("p0", "dee", (1, 2, None), flags=(("toxick",), (), ()))])

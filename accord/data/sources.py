@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from accord.progress import console, several
 from accord.text.tokenizer import ROLES
 
 MOST_RANKS = 1000
+PLAIN = (".txt", ".md")
 PROMPT_FIELDS = ("prompt", "messages", "text", "question", "instruction")
 RANKING_FIELDS = ("labeler", "criterion", "simulated", "ratings", "flags", "note", "decision")
 ANSWER_FIELDS = ("completion", "answer", "response", "output")
@@ -63,7 +64,9 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: unknown kind of file '{path.suffix}'; use .jsonl, .json, .parquet, .csv or .txt.")
 
 
-TEXTS = (*PROMPT_FIELDS, "id", "prompt_id", "completion", "chosen", "rejected", "labeler", "theme", "criterion", "note")
+TEXTS = (
+    *PROMPT_FIELDS, *ANSWER_FIELDS, "input", "id", "prompt_id", "chosen", "rejected", "labeler", "theme", "criterion", "note",
+)  # fmt: skip
 """Fields of a CSV file that are taken as they are written; other cells are numbers, lists and such, as in JSON."""
 CHATS = (*PROMPT_FIELDS, "chosen", "rejected")
 """Texts that may also be chat messages, as JSON."""
@@ -175,6 +178,37 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def read_texts(sources: Sequence[str | Path]) -> list[str]:
+    """Documents: a ``.txt`` or ``.md`` file is one, a folder all of those in it, and of rows (JSONL, Parquet, ...) each its field ``text``.
+
+    Raises:
+        UserError: a file is no text, or a row has none.
+    """
+    found: list[str] = []
+    for source in sources:
+        path = Path(str(source)).expanduser()
+        inside = sorted(p for p in path.rglob("*") if p.suffix in PLAIN and p.is_file()) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} is a folder without {' or '.join(PLAIN)} files; give files.")
+        for one in inside:
+            if one.suffix in PLAIN:
+                if not one.is_file():
+                    raise UserError(f"File {one} does not exist.{did_you_mean(str(one), [str(p) for p in one.parent.glob('*')])}")
+                text = read_text(one)
+                if "\0" in text:
+                    raise UserError(f"{one} holds NUL characters, so it is no text; leave it out.")
+                found.append(text)
+                continue
+            for place, row in read_rows(source):
+                if not isinstance(row.get("text"), str):
+                    raise UserError(f"{place} has no field 'text'.{_mistyped(row, ['text'])}")
+                _check_unicode(row["text"], place, "text")
+                found.append(row["text"])
+    if not any(text.strip() for text in found):
+        raise UserError(f"{', '.join(map(str, sources))}: there is no text.")
+    return found
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -320,33 +354,56 @@ def read_examples(source: str | Path) -> list[Example]:
     """
     found: list[Example] = []
     cut = 0
-    for place, row in read_rows(source):
-        number = str(row.get("id") or place)
-        if isinstance(row.get("messages"), list) and not any(row.get(name) for name in ANSWER_FIELDS):
-            *asked, last = row["messages"] or [{}]
-            if not isinstance(last, dict) or last.get("role") != "assistant":
-                raise UserError(
-                    f"{place}: the chat does not end with the assistant; what is imitated is an answer, so end 'messages' with one."
-                )
-            question, answer = asked, last.get("content")
-        else:
-            question = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
-            answer = next((row[name] for name in ANSWER_FIELDS if row.get(name)), None)
-        if isinstance(answer, list):
-            answer = _completion_text(answer, place, "completion")
+    for number, (place, row) in enumerate(read_rows(source), 1):
+        key = str(row.get("id") or f"row-{number:05d}")
+        if row.get("finished") is False:
+            cut += 1
+            continue
+        question, answer = _asked_and_answered(row, place)
         if question is None or not isinstance(answer, str) or not answer.strip():
             hint = _mistyped(row, [name for name in (*PROMPT_FIELDS, *ANSWER_FIELDS) if name not in row])
             raise UserError(f"{place} needs 'messages' that end with the assistant's, or a 'prompt' and a text 'completion'.{hint}")
         _check_unicode(answer, place, "completion")
-        if row.get("finished") is False:
-            cut += 1
-            continue
-        found.append(Example(number, check_content(question, place, "prompt"), answer))
+        found.append(Example(key, check_content(question, place, "prompt"), answer))
     if cut:
         console.print(f"Cut by the length limit, and left out: {several(cut, 'completion')} in {source}.", soft_wrap=True, markup=False)
     if not found:
         raise UserError(f"{source} holds no examples.")
     return found
+
+
+def _asked_and_answered(row: Mapping[str, Any], place: str) -> tuple[Any, Any]:
+    """The prompt and the answer of an example's row, not yet checked.
+
+    Raises:
+        UserError: it holds what cannot be learned from here.
+    """
+    if row.get("tools"):
+        raise UserError(f"{place} has 'tools', which are not written into examples here; delete the row, or put them into a message.")
+    question = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
+    answer: Any = next((row[name] for name in ANSWER_FIELDS if row.get(name)), None)
+    if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(question, str):
+        question = f"{question}\n\n{row['input']}"  # as Alpaca's rows have it
+    if answer is None and isinstance(row.get("messages"), list):
+        question, answer = [], row["messages"]
+    if not isinstance(answer, list):
+        return question, answer
+    said = [{"role": "user", "content": question}] if isinstance(question, str) else list(question or [])
+    *more, last = answer or [{}]
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise UserError(f"{place}: the chat does not end with the assistant; what is imitated is an answer, so end it with one.")
+    for message in (*said, *answer):
+        for name, why in UNLEARNED.items():
+            if isinstance(message, dict) and (message.get(name) == 0 if name == "weight" else message.get(name)):
+                raise UserError(f"{place}: a message has '{name}', {why}; delete the row.")
+    asked = [*said, *more]
+    return (question if not more and isinstance(question, str) else asked), last.get("content")
+
+
+UNLEARNED = {
+    "tool_calls": "which are not written into examples here", "reasoning_content": "which would be left out; put it into 'content'",
+    "weight": "0, which says not to learn it, and every answer of a chat is learned",
+}  # fmt: skip
 
 
 def read_logged(source: str | Path) -> list[Logged]:

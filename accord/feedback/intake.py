@@ -63,7 +63,15 @@ class Intake:
                 if ranking.prompt_id in known:
                     raise UserError(f"{path}: prompt '{ranking.prompt_id}' has known ranks already.")
                 known[ranking.prompt_id] = (kind, ranking)
+        for key, (_, ranking) in known.items():
+            if key in given and len(given[key]) != len(ranking.ranks):
+                raise UserError(f"'{key}' has {len(given[key])} completions, and {len(ranking.ranks)} ranks of it are known.")
         return cls(given, known, read_rankings(rankings) if rankings else [])
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Prompts whose ranks are known and whose completions are not here; the store must have them."""
+        return [key for key in self.known if key not in self.completions]
 
     def bring_into(self, store: Store) -> Iterator[str]:
         """Add it; prompts whose ranks are known become gold or calibration items.
@@ -74,10 +82,9 @@ class Intake:
         Raises:
             UserError: it does not fit what is in the store.
         """
-        there = store.of_prompts([key for key in self.known if key not in self.completions])
-        missing = next((key for key in self.known if key not in self.completions and key not in there), None)
-        if missing is not None:
-            raise UserError(f"Of '{missing}', whose ranks are known, there are no completions, neither here nor in the store; give --completions too.")  # fmt: skip
+        there = store.of_prompts(self.elsewhere)
+        if missing := sorted(set(self.elsewhere) - there.keys()):
+            raise UserError(f"Of '{missing[0]}', whose ranks are known, there are no completions, neither here nor in the store; give --completions too.")  # fmt: skip
         everything = self.completions | there
         for kind, what in WHAT.items():
             mine = {key: group for key, group in everything.items() if (self.known[key][0] if key in self.known else "real") == kind}

@@ -15,7 +15,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,9 +87,24 @@ class Label:
 
     def completed(self, other: Label) -> Label | None:
         """This one with what only the other says besides; None if they say different things."""
+
+        def each(a: tuple[Any, ...], b: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+            empty = (None,) * len(self.ranks)
+            return list(zip(a or empty, b or empty, strict=True))
+
         mine, theirs = self.plain(), other.plain()
-        both = [(getattr(mine, f.name), getattr(theirs, f.name)) for f in fields(Label)]
-        return None if any(a and b and a != b for a, b in both) or mine.ranks != theirs.ranks else Label(*(a or b for a, b in both))
+        pairs = [
+            *each(mine.ratings, theirs.ratings),
+            *each(mine.flags, theirs.flags),
+            (mine.note, theirs.note),
+            (mine.reason, theirs.reason),
+        ]
+        if mine.ranks != theirs.ranks or any(a and b and a != b for a, b in pairs):
+            return None
+        ratings, flags = (tuple(a or b for a, b in each(getattr(mine, name), getattr(theirs, name))) for name in ("ratings", "flags"))
+        return Label(
+            mine.ranks, ratings, tuple(some or () for some in flags), mine.note or theirs.note, mine.reason or theirs.reason
+        ).plain()
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Label:
@@ -307,14 +322,19 @@ class Store:
             if whole == Label.of(before.label).plain():
                 return False
             label = whole
-        told = label.to_json() | ({"simulated": True} if r.simulated else {})  # until somebody changes it on the page
+        simulated = before.label.get("simulated", False) if before is not None and before.label else r.simulated
+        told = label.to_json() | ({"simulated": True} if simulated else {})  # until somebody changes it on the page
         values = {"state": "done", "label": told, "draft": None, "closed": now, "answered": now, "criterion": r.criterion or None}
         if before is None:
             values |= {"item": item, "person": person, "round": number, "lease": now, "opened": now, "answers": 1}
             key: int = connection.execute(statements.ADD, values).inserted_primary_key[0]  # type: ignore[index]
         else:  # it was open, or less was said of it
             key, holding = before.id, before.state in ("open", "done")
-            values |= {"answers": before.answers + 1, "closed": before.closed or now, "criterion": before.criterion or r.criterion or None}
+            values |= {
+                "answers": before.answers + 1,
+                "closed": before.closed or now,
+                "criterion": (before.criterion if before.label else r.criterion) or r.criterion or None,
+            }
             connection.execute(statements.CHANGE, {"of_key": key, **values})
         if before is None or not holding:
             self._take(connection, item, number, +1)

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from accord.data.records import Example, Prompt
 from accord.errors import UserError
-from accord.progress import console
+from accord.progress import console, track
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, Row, from_rows
-from accord.text.chats import encode_chat
+from accord.text.chats import Part, encode_chat
 from accord.text.tokenizer import Tokenizer
 
 
-def encode_example(tokenizer: Tokenizer, example: Example) -> Row:
-    """Its tokens; ``chosen`` are those that count: what the assistant says, each time with the token that ends it.
+class Encoding(NamedTuple):
+    """An example's tokens; ``counted`` is 1 for those that count."""
 
-    With a chat template a plain text is what the user says. Without one it is followed by its answer and an end token.
+    id: str
+    tokens: array[int]
+    counted: bytes
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> Encoding:
+    """Its tokens; those count that the assistant says, each time with the token that ends it.
+
+    With a chat template a plain text is what the user says. Without one it is followed by its answer and an end token. A first token
+    never counts: nothing stands before it that could tell it.
 
     Raises:
-        UserError: it is a chat, and there is no template; or the template does not serve (:func:`accord.text.chats.encode_chat`).
+        UserError: it is a chat, and there is no template; the template does not serve (:func:`accord.text.chats.encode_chat`); or no
+            token counts.
     """
-    row = Row(Prompt(example.id, example.content), 0)
     try:
         if tokenizer.has_chat_template:
-            for part in encode_chat(tokenizer, example.messages):
-                row.extend(part.tokens, part.chosen)
+            parts = encode_chat(tokenizer, example.messages)
         else:
-            row.extend(tokenizer.encode_prompt(example.content), False)
-            row.extend(tokenizer.encode_completion(example.answer, True), True)
+            prompt, answer = tokenizer.encode_prompt(example.content), tokenizer.encode_completion(example.answer, True)
+            parts = [Part(prompt, False), Part(answer, True)]
     except UserError as error:
         raise UserError(f"Example '{example.id}': {error}") from None
-    return row
+    tokens = array("q", (i for part in parts for i in part.tokens))
+    counted = bytes(part.chosen for part in parts for _ in part.tokens)
+    counted = b"\0" + counted[1:]
+    if not any(counted):
+        raise UserError(f"Example '{example.id}' has no token to learn; delete it.")
+    return Encoding(example.id, tokens, counted)
 
 
 class Encoded:
@@ -48,23 +63,35 @@ class Encoded:
     """
 
     def __init__(self, policy: Policy, examples: Sequence[Example], max_tokens: int | None, what: str = "examples") -> None:
-        rows = [encode_example(policy.tokenizer, example) for example in examples]
+        rows = [encode_example(policy.tokenizer, example) for example in track(examples, f"Encoding {what}", len(examples))]
         if max_tokens is not None:
-            fitting = [row for row in rows if row.end <= max_tokens]
+            fitting = [row for row in rows if len(row.tokens) <= max_tokens]
             if len(fitting) < len(rows):
                 console.print(f"{len(rows) - len(fitting)} of {len(rows)} {what} are longer than {max_tokens} tokens and are left out.")
             rows = fitting
-        longest = max(rows, key=lambda row: row.end, default=None)
-        if longest is None:
-            raise UserError(f"There are no {what} to learn from.")
-        if longest.end > policy.context:
-            over = sum(row.end > policy.context for row in rows)
+        if not rows:
+            raise UserError(f"There are no {what} that are short enough; raise --max-tokens.")
+        longest = max(rows, key=lambda row: len(row.tokens))
+        if len(longest.tokens) > policy.context:
+            over = sum(len(row.tokens) > policy.context for row in rows)
             raise UserError(
-                f"{over} of {len(rows)} {what} exceed the model's context of {policy.context} tokens, such as '{longest.prompt.id}' with "
-                f"{longest.end}; shorten them, or leave them out with --max-tokens {policy.context}."
+                f"{over} of {len(rows)} {what} exceed the model's context of {policy.context} tokens, such as '{longest.id}' with "
+                f"{len(longest.tokens)}; shorten them, or leave them out with --max-tokens {policy.context}."
             )
+        self._set(rows, policy)
+
+    def _set(self, rows: list[Encoding], policy: Policy) -> None:
         self.rows, self._policy = rows, policy
-        self.digest = hashlib.sha256(repr([(row.tokens, row.chosen) for row in rows]).encode()).hexdigest()[:16]
+        found = hashlib.sha256()
+        for row in rows:
+            found.update(len(row.tokens).to_bytes(8, "little") + row.tokens.tobytes() + row.counted)
+        self.digest = found.hexdigest()[:16]
+
+    def only(self, rows: list[Encoding]) -> Encoded:
+        """The same policy's, of these rows."""
+        some = Encoded.__new__(Encoded)
+        some._set(rows, self._policy)
+        return some
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,10 +99,15 @@ class Encoded:
     @property
     def counted(self) -> int:
         """Tokens that count, in all."""
-        return sum(sum(row.chosen) for row in self.rows)
+        return sum(sum(row.counted) for row in self.rows)
 
     def rollout(self, numbers: Iterable[int]) -> Rollout:
         """These examples as rows of tensors; ``response_mask`` says which tokens count."""
-        rows = [self.rows[i] for i in numbers]
+        rows = []
+        for given in (self.rows[i] for i in numbers):
+            row = Row(Prompt(given.id, ""), 0)
+            row.extend(list(given.tokens), False)
+            row.chosen = [bool(counts) for counts in given.counted]
+            rows.append(row)
         pad, device = self._policy.tokenizer.pad_id, self._policy.device
         return replace(from_rows(rows, [True] * len(rows), [""] * len(rows), pad, device, sampled=False), step_rewards=None)

@@ -23,6 +23,8 @@ from accord.rollout.scoring import score_states, states_of
 from accord.supervised.examples import Encoded
 from accord.supervised.settings import SFTSettings
 
+AT_ONCE = 64  # examples that are measured together
+
 
 class Recorder(Protocol):
     """Where a run is written (:class:`accord.runs.Run`)."""
@@ -53,8 +55,9 @@ def tune(start: Policy, train: Encoded, heldout: Encoded | None, settings: SFTSe
         Diverged: the numbers are not finite any more; nothing was saved of that.
     """
     state = State.begin(start, settings)
-    steps = max(1, round(settings.epochs * len(train) / settings.examples_per_step))
+    steps = math.ceil(settings.epochs * len(train) / settings.examples_per_step)
     saved = run.latest()
+    state.about["validation"] = heldout.digest if heldout is not None else ""
     first = state.restore(saved)
     before, after = state.about["before"], state.about["after"]
     if first == 0 and heldout is not None:
@@ -104,12 +107,13 @@ def sft_loss(policy: Policy, rollout: Rollout, count: int) -> Tensor:
 @torch.no_grad()
 def loss_of(policy: Policy, examples: Encoded, budget: TokenBudget) -> float:
     """Mean -log p of the examples' tokens that count, nats a token."""
-    rollout, count = examples.rollout(range(len(examples))), examples.counted
-
-    def measure(tokens: int) -> float:
-        return math.fsum(float(sft_loss(policy, rollout.select(rows), count)) for rows in rollout.micro_batches(tokens))
-
-    return budget.fit(measure)
+    count, total = examples.counted, 0.0
+    for start in range(0, len(examples), AT_ONCE):
+        rollout = examples.rollout(range(start, min(start + AT_ONCE, len(examples))))
+        total += budget.fit(
+            lambda tokens, r=rollout: math.fsum(float(sft_loss(policy, r.select(rows), count)) for rows in r.micro_batches(tokens))  # type: ignore[misc]
+        )
+    return total
 
 
 class State:
@@ -169,7 +173,8 @@ class State:
                 )
             parameter.data.copy_(tensor)
         self.optimizer.load_state(under("optimizer/", saved.tensors))
-        self.about |= {name: saved.about[name] for name in self.about}
+        if saved.about["validation"] == self.about["validation"]:  # else the losses are of other examples
+            self.about |= {name: saved.about[name] for name in ("before", "after")}
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.budget.tokens = min(self.budget.tokens, saved.about["micro_batch_tokens"] or self.budget.tokens)
         return saved.step

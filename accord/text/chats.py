@@ -1,9 +1,8 @@
 """Which tokens of a chat are the assistant's own, for any chat template.
 
-A template is a program that writes a text around what was said; it does not say who wrote which part. So it is run with a mark in
-the place of each thing the assistant said: what stands between the marks is the template's, and each answer begins where the
-template's opening of a new answer ends (``add_generation_prompt``) and ends with the first end-of-sequence token after it, which
-the model must write itself to stop.
+A template is a program that writes a text around what was said; it does not say who wrote which part. But a model is sampled from
+what the template writes when it is asked to open a new answer (``add_generation_prompt``). So an answer begins where that text ends,
+which the whole chat must begin with, and ends with the end-of-sequence token after it, which the model must write itself to stop.
 """
 
 from __future__ import annotations
@@ -25,63 +24,69 @@ class Part(NamedTuple):
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Part]:
     """The tokens of a chat, in stretches that are the assistant's or not; the last one is the assistant's.
 
-    Each stretch is encoded by itself, as it is when a prompt is given and an answer sampled.
+    They are those of the whole text, as a prompt is encoded; where a token would reach over the beginning or the end of an answer,
+    each stretch is encoded by itself, as an answer is when it is sampled.
 
     Raises:
-        UserError: the chat does not end with the assistant, or the template refuses it, changes what the assistant says, or does
-            not end an answer with an end-of-sequence token.
+        UserError: the chat does not end with the assistant, or the template refuses it, changes what the assistant says, opens an answer
+            otherwise than when it is sampled, or does not end one with an end-of-sequence token.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("the chat ends with the user; what is imitated is the assistant's last answer, so end with one")
-    said = [m["content"] for m in messages if m["role"] == "assistant"]
-    between, said = _around(tokenizer, messages, said)
-    opening = _opening(tokenizer, messages)
-    parts: list[Part] = []
-    text = between[0]
-    for answer, after in zip(said, between[1:], strict=True):
-        start = text.rfind(opening) + len(opening) if opening and opening in text else len(text)
-        ends = [place + len(end) for end in _ends(tokenizer) if (place := after.find(end)) >= 0]
-        if not ends:
-            raise UserError(
-                "the chat template does not end what the assistant says with an end-of-sequence token "
-                f"({', '.join(_ends(tokenizer))}), so the model would never learn to stop"
-            )
-        parts.append(Part(tokenizer.encode_plain(text[:start]), False))
-        parts.append(Part(tokenizer.encode_plain(text[start:] + answer + after[: min(ends)]), True))
-        text = after[min(ends) :]
+    tokenizer.check_alphabet(m["content"] for m in messages)
+    whole, edges = tokenizer.render(messages, False), [0]
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = _start(tokenizer, messages[:number], whole, message["content"])
+            edges += [start, _end(tokenizer, whole, start, message["content"])]
+    parts = _parts(tokenizer, whole, edges)
     bos = tokenizer.inner.bos_token_id
     if bos is not None and parts[0].tokens[:2] == [bos, bos]:
         raise UserError("the chat begins with two beginning-of-sequence tokens; the template writes one, so take it out of the message")
     return parts
 
 
-def _around(tokenizer: Tokenizer, messages: Sequence[Message], said: list[str]) -> tuple[list[str], list[str]]:
-    """What the template writes before, between and after the assistant's answers, and the answers as it writes them."""
-    marks = [f"\u2402{k}\u2403" for k in range(len(said))]
-    numbers = iter(range(len(said)))
-    marked = [{**m, "content": marks[next(numbers)]} if m["role"] == "assistant" else m for m in messages]
-    rest, between = tokenizer.render(marked, False), []
-    for mark in marks:
-        before, found, rest = rest.partition(mark)
-        if not found:
-            raise UserError("the chat template leaves out something the assistant says; train on a part of the chat that it keeps")
-        between.append(before)
-    between.append(rest)
-    whole = tokenizer.render(messages, False)
-    for variant in (said, [one.strip() for one in said]):  # many templates trim what is said
-        if whole == between[0] + "".join(answer + after for answer, after in zip(variant, between[1:], strict=True)):
-            return between, variant
-    raise UserError("the chat template changes what the assistant says, so it is not clear what to learn; take out what it drops")
+def _start(tokenizer: Tokenizer, before: Sequence[Message], whole: str, answer: str) -> int:
+    """Where an answer begins: after what it is sampled from."""
+    if not before:  # the assistant speaks first, and nothing opens that
+        return max(whole.find(answer.strip()), 0)
+    opened = tokenizer.render(before, True)
+    if not whole.startswith(opened):
+        raise UserError(
+            "the chat template writes the answer otherwise than it asks for one, so what is learned would not be what is sampled "
+            f"(it asks for one by {opened[-40:]!r}); use another template"
+        )
+    return len(opened)
 
 
-def _opening(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """What the template writes to open a new answer."""
-    first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
-    if not first:
-        return ""  # the assistant speaks first
-    closed, opened = (tokenizer.render(messages[:first], generation) for generation in (False, True))
-    return opened.removeprefix(closed) if opened.startswith(closed) else ""
+def _end(tokenizer: Tokenizer, whole: str, start: int, answer: str) -> int:
+    """Where it ends: after the end-of-sequence token that follows it."""
+    ends = [str(tokenizer.inner.convert_ids_to_tokens(i)) for i in tokenizer.eos_ids]
+    said = False
+    for variant in (answer, answer.strip()):  # many templates trim what is said
+        place = whole.find(variant, start)
+        while place >= 0:
+            said, rest = True, whole[place + len(variant) :]
+            blank = len(rest) - len(rest.lstrip())
+            found = next((end for end in ends if rest.startswith(end, blank)), None)
+            if found is not None:
+                return place + len(variant) + blank + len(found)
+            place = whole.find(variant, place + 1)
+    if said:
+        raise UserError(
+            f"the chat template does not end what the assistant says with an end-of-sequence token ({', '.join(ends)}), so the model would "
+            "never learn to stop"
+        )
+    raise UserError(
+        "the chat template changes what the assistant says, or leaves out some of it (such as the thoughts of an earlier answer), so it is "
+        "not clear what to learn; take out what it drops"
+    )
 
 
-def _ends(tokenizer: Tokenizer) -> list[str]:
-    return [str(tokenizer.inner.convert_ids_to_tokens(i)) for i in tokenizer.eos_ids]
+def _parts(tokenizer: Tokenizer, whole: str, edges: Sequence[int]) -> list[Part]:
+    """``edges``: where what is not the assistant's begins, and what is, in turn; and where the last of it ends."""
+    stretches = list(zip(edges, edges[1:], strict=False))
+    spans = tokenizer.spans(whole[: edges[-1]])
+    if spans is None or any(a < edge < b for _, (a, b) in spans for edge in edges):
+        return [Part(tokenizer.encode_plain(whole[a:b]), k % 2 == 1) for k, (a, b) in enumerate(stretches)]
+    return [Part([i for i, (start, _) in spans if a <= start < b], k % 2 == 1) for k, (a, b) in enumerate(stretches)]

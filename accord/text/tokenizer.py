@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Tokenizer:
             raise UserError("The tokenizer has no end-of-sequence token, so no completion could ever finish.")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([inner.eos_token_id, *generation_eos]))
         words = type(inner.backend_tokenizer.model).__name__ == "WordLevel" if hasattr(inner, "backend_tokenizer") else False
-        # Of a model with a token a character (scratch): what it can read.
+        # Of a tokenizer with a token a character: what it can read.
         self._alphabet = {word for word in inner.get_vocab() if len(word) == 1} if words else None
         self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
 
@@ -75,6 +75,7 @@ class Tokenizer:
                 raise UserError("The prompt is a chat, but this model's tokenizer has no chat template; give plain text.")
             return self._ids(prompt, True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        self.check_alphabet(message["content"] for message in messages)
         return self.encode_plain(self.render(messages, True))
 
     def render(self, messages: Sequence[Message], generation: bool) -> str:
@@ -88,6 +89,16 @@ class Tokenizer:
         except Exception as error:  # the template is a program of the model's author
             raise UserError(f"The model's chat template refuses the prompt: {first_line(error)}") from None
 
+    def spans(self, text: str) -> list[tuple[int, tuple[int, int]]] | None:
+        """:meth:`encode_plain` with where in the text each token stands; None if the tokenizer cannot tell."""
+        if not self.inner.is_fast:
+            return None
+        try:
+            told = self.inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        except Exception as error:
+            raise UserError(f"The tokenizer cannot read {text[:60]!r} ({first_line(error)}); copy its files again.") from None
+        return list(zip(told["input_ids"], told["offset_mapping"], strict=True))
+
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which special tokens stand already."""
         return self._encode(text, False)
@@ -98,9 +109,16 @@ class Tokenizer:
         return ids + [self.eos_ids[0]] if finished else ids
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        if self._alphabet is not None and (unknown := set(text) - self._alphabet):
-            raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(unknown)))}, for which this model has no token.")
+        self.check_alphabet([text])
         return self._encode(text, special)
+
+    def check_alphabet(self, texts: Iterable[str]) -> None:
+        """Raises:
+        UserError: a tokenizer of characters has no token for one of them.
+        """
+        for text in texts if self._alphabet is not None else ():
+            if unknown := set(text) - self._alphabet:  # type: ignore[operator]
+                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(unknown)))}, for which this model has no token.")
 
     def _encode(self, text: str, special: bool) -> list[int]:
         try:

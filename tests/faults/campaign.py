@@ -81,6 +81,26 @@ gates: {min_pairs: 1, reward_accuracy: 0.0, win_rate: 0.0}
 COMMANDS = {
     "rl": (["rl", "--model", "model", "--prompts", "prompts.jsonl", "--reward", "reward", *SMALL], True),
     "reward": (["reward", "--model", "model", "--pairs", "pairs.jsonl", "--top-layers", "2", "--epochs", "1"], False),
+    "sft": (
+        [
+            "sft",
+            "--model",
+            "model",
+            "--examples",
+            "examples.jsonl",
+            "--examples-per-step",
+            "4",
+            "--epochs",
+            "2",
+            "--checkpoint-every",
+            "1",
+            "--validate-every",
+            "2",
+            "--dtype",
+            "float32",
+        ],
+        True,
+    ),
     "run": (["run", "recipe.yaml"], True),
     "sample": (["sample", "--model", "model", "--prompts", "prompts.jsonl", "--per-prompt", "2", "--max-new-tokens", "6"], False),
 }
@@ -140,6 +160,8 @@ def make_home(home: Path) -> None:
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"prompt": row["prompt"], "chosen": f"yes, {row['id']}", "rejected": "no"} for row in rows]
     (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    examples = [{"id": row["id"], "prompt": row["prompt"], "completion": f"yes, {row['id']}"} for row in rows]
+    (home / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     reward = RewardModel.on(Policy.load(str(home / "model"), "float32"), 2)
     with torch.no_grad():
         reward.scalar.head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))

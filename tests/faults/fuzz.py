@@ -194,6 +194,10 @@ def targets(home: Path) -> list[Target]:
 
     pq.write_table(pa.Table.from_pylist([{"id": "a", "prompt": "Hello"}]), home / "p.parquet")
     rl = yaml.safe_dump({"top_layers": 2, "kl_coef": 0.1, "algorithm": "ppo", "kl_target": 6.0, "dtype": "float32"})
+    examples = [
+        {"id": "a", "prompt": "q", "completion": "x"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]},
+    ]
     out = [
         Target("prompts (jsonl)", path := lines("p.jsonl", prompts), lambda p=path: sources.read_prompts(p)),
         Target("prompts (json)", path := file("p.json", json.dumps(prompts)), lambda p=path: sources.read_prompts(p)),
@@ -204,6 +208,7 @@ def targets(home: Path) -> list[Target]:
         Target("scored completions", path := lines("s.jsonl", [*done, *turns]), lambda p=path: sources.read_logged(p)),
         Target("rankings", path := lines("r.jsonl", ranks), lambda p=path: sources.read_rankings(p)),
         Target("rankings, compared", path := lines("r3.jsonl", [{**ranks[0], "labeler": name} for name in "lmn"]), lambda p=path: used(sources.read_rankings(p))),
+        Target("examples", path := lines("e.jsonl", examples), lambda p=path: sources.read_examples(p)),
         Target("groups", path := lines("g.jsonl", groups), lambda p=path: sources.read_pairs(p)),
         Target("labelers' weights", path := file("w.json", '{"l": 1.0, "m": 0.5}'), lambda p=path: sources.read_weights(p)),
         Target("recipe", path := file("recipe.yaml", recipe_text("demo")), lambda p=path: build(Recipe, load_yaml(recipe_text(str(p)), str(p)), str(p))),

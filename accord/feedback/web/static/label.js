@@ -498,8 +498,11 @@ document.addEventListener("keydown", (event) => {
   if (dialog) {
     if (dialog.id === "skip-dialog" && !event.target.matches("input")) {
       const choice = /^[1-9]$/.test(event.key) && dialog.querySelectorAll(".choices button")[event.key - 1];
+      const written = event.key.length === 1 ? (!event.ctrlKey && !event.metaKey) || event.getModifierState("AltGraph") : ["Process", "Dead"].includes(event.key);
+      const presses = event.key === " " && event.target.matches("button");
       if (choice) event.preventDefault(), choice.click();
-      else if (event.key.length === 1 && !event.ctrlKey && !event.metaKey) $("skip-words").focus(); // where this letter then lands: a reason in one's own words
+      else if (event.repeat && event.key !== "Tab") event.preventDefault(); // the key that opened this is still down
+      else if (written && !presses) $("skip-words").focus(); // where this letter then lands: a reason in one's own words
     }
     if (dialog.id === "earlier-dialog" && ["ArrowDown", "ArrowUp", "j", "k"].includes(event.key)) {
       const choices = [...$("earlier-list").querySelectorAll("button")], place = choices.indexOf(document.activeElement);
@@ -533,7 +536,8 @@ document.addEventListener("pointerdown", heard);
 for (const [id, act] of [["submit", submit], ["skip", KEYS.s], ["undo", undo], ["redo", redo], ["differ", differ], ["earlier", earlier], ["plain", togglePlain], ["help", KEYS["?"]]]) $(id).onclick = act;
 for (const button of document.querySelectorAll("dialog .close")) button.onclick = () => button.closest("dialog").close();
 for (const button of $("skip-dialog").querySelectorAll(".choices button")) button.onclick = () => skip(button.value);
-$("skip-form").onsubmit = (event) => (event.preventDefault(), skip($("skip-words").value), ($("skip-words").value = ""));
+$("skip-form").onsubmit = (event) => (event.preventDefault(), skip($("skip-words").value));
+$("skip-dialog").onclose = () => { $("skip-words").value = ""; };
 $("earlier-dialog").onclose = () => { if (!chosen && item && !["open", "late"].includes(item.state)) next().catch(failed); };
 $("note").oninput = () => { state.note = $("note").value; changed(); };
 $("again").onclick = () => next().catch(failed);
