@@ -1,6 +1,6 @@
 """Fifty browsers submit rankings at once while the server is killed again and again; then every label is counted.
 
-    python bench/labeling.py                  # SQLite and PostgreSQL, writes docs/labeling-load.md; eight minutes
+    python bench/labeling.py                  # SQLite and PostgreSQL, writes docs/labeling-load.md; twenty minutes
     python bench/labeling.py --rankings 2000 --kills 2 --only sqlite
 
 A client is somebody at a browser: it asks for the next item, thinks (exponentially distributed), submits, and repeats the submit
@@ -162,7 +162,7 @@ def main():
     parser.add_argument("--rankings", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--think", type=float, default=0.5, help="mean seconds between an item and its submit [0.5]")
+    parser.add_argument("--think", type=float, default=1.0, help="mean seconds between an item and its submit [1]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("sqlite", "postgresql"))
     arguments = parser.parse_args()
