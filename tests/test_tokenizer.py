@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import SHAPE
+from conftest import SHAPE, word_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from accord.cli import main
@@ -13,6 +13,7 @@ from accord.data.sources import read_texts
 from accord.errors import UserError
 from accord.rollout.policy import Policy
 from accord.text.chats import encode_chat
+from accord.text.tokenizer import Tokenizer
 from accord.text.vocabulary import learn_tokenizer, statistics
 
 TEXT = "low low low low low lower lower newest newest newest newest newest newest widest widest widest " * 3 + "naïve 😀\n\tend"
@@ -86,6 +87,13 @@ def test_a_chat_with_it(tmp_path):
     for wrong in ("say!", [{"role": "user", "content": "say!"}]):
         with pytest.raises(UserError, match="'!', for which this model has no token"):
             tokenizer.encode_prompt(wrong)
+
+
+def test_a_tokenizer_of_words_has_a_token_for_the_unknown():
+    """It has words of one letter too, which makes it no alphabet."""
+    words = word_tokenizer()
+    assert "a" in words.get_vocab() and "rhinoceros" not in words.get_vocab()
+    assert words.unk_token_id in Tokenizer(words).encode_prompt("a rhinoceros")
 
 
 def test_texts(tmp_path):

@@ -29,8 +29,9 @@ class Tokenizer:
             raise UserError("The tokenizer has no end-of-sequence token, so no completion could ever finish.")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([inner.eos_token_id, *generation_eos]))
         words = type(inner.backend_tokenizer.model).__name__ == "WordLevel" if hasattr(inner, "backend_tokenizer") else False
-        # Of a tokenizer with a token a character: what it can read.
-        self._alphabet = {word for word in inner.get_vocab() if len(word) == 1} if words else None
+        known = inner.get_vocab().keys() - inner.get_added_vocab().keys() if words else set()
+        # Of a tokenizer with a token a character: what it can read. One with words has a token for the unknown.
+        self._alphabet = known if known and all(len(word) == 1 for word in known) else None
         self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
 
     @classmethod
