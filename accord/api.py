@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accord.checkpoints import until_done
 from accord.config import FeedbackSettings, RLSettings, SampleSettings, build
 from accord.data.pairs import group_pairs, scored_by_rank
-from accord.data.records import Completion, Example, Logged, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import read_completions, read_examples, read_logged, read_prompts, read_rankings
+from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
+from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
 from accord.disk import append_lines, repair_lines, write_lines
 from accord.errors import UserError, needs
 from accord.evaluation.compare import Comparison, EvaluationSettings
@@ -41,13 +41,7 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
 from accord.runs import Run, refuse_existing
-from accord.supervised.examples import Encoded, Encoding
-from accord.supervised.settings import SFTSettings
-from accord.supervised.training import Tuned, tune
 
-Known = TypeVar("Known", Prompt, Encoding)
-MEASURED = 500
-"""Examples that are held out at most, unless they are given."""
 CHUNK = 64
 """Prompts sampled and written together; the unit in which sampling is resumed."""
 
@@ -207,90 +201,6 @@ def refuse_reward(out: Path) -> Path:
 
 def _there_already(out: Path) -> UserError:
     return UserError(f"{out} already exists; choose another --out or delete it.")
-
-
-def train_sft(
-    policy: Policy,
-    examples: Sequence[Example] | str | Path,
-    *,
-    out: str | Path | None = None,
-    validation: Sequence[Example] | str | Path | None = None,
-    resume: bool = False,
-    allow_changes: bool = False,
-    **settings: Any,
-) -> Tuned:
-    """Supervised fine-tuning: teach the policy to answer as the examples do; the taught policy is in what comes back.
-
-    Args:
-        examples: what :func:`read_examples` gives, or a file for it.
-        out: run folder, new; by default ``runs/sft-DATE-TIME``.
-        validation: examples that are measured on and not learned from; by default a tenth of ``examples``, by id.
-        resume: go on with the run in ``out``, if there is one: the same call, repeated until it ends, is the whole run.
-        allow_changes: go on although settings or examples are not those the run was started with; its history says so.
-        settings: fields of :class:`accord.supervised.settings.SFTSettings`, such as ``epochs=2``.
-
-    Raises:
-        UserError: an example does not fit the model, the folder exists, or the run was started with something else.
-    """
-    s = build(SFTSettings, settings, "sft")
-    if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
-        raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
-    if resume and out is None:
-        raise UserError("resume goes on with the run in a folder; name it: out='runs/mine'.")
-    folder = Path(out) if out is not None else Path("runs") / time.strftime("sft-%Y%m%d-%H%M%S")
-    resume = resume and (folder / "config.yaml").is_file()
-    if not resume:
-        refuse_existing(folder)
-    given = read_examples(examples) if isinstance(examples, (str, Path)) else list(examples)
-    held = read_examples(validation) if isinstance(validation, (str, Path)) else validation
-    prepared = PreparedSFT.of(policy.frozen(), given, None if held is None else list(held), s)
-    config = {"command": "sft", "model": policy.source, "sft": s.model_dump()}
-    run = Run.go_on(folder, config, allow_changes) if resume else Run.create(folder, config)
-    try:
-        return finish_sft(run, prepared)
-    finally:
-        run.close()
-
-
-@dataclass
-class PreparedSFT:
-    """Everything ``accord sft`` needs, opened and checked before a run folder exists."""
-
-    settings: SFTSettings
-    policy: Policy
-    train: Encoded
-    heldout: Encoded | None
-
-    @classmethod
-    def of(cls, policy: Policy, examples: list[Example], validation: list[Example] | None, settings: SFTSettings) -> PreparedSFT:
-        """``validation``: None holds out a tenth of the examples, by id, 500 at most, and none if fewer than a step's would be left."""
-        if validation is not None:
-            held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
-            return cls(settings, policy, Encoded(policy, examples, settings.max_tokens), held)
-        every = Encoded(policy, examples, settings.max_tokens)
-        kept, out = split_validation(every.rows, settings.examples_per_step)
-        return cls(settings, policy, every.only(kept + out[MEASURED:]), every.only(out[:MEASURED]) if out else None)
-
-
-def prepare_sft(config: Mapping[str, Any], where: str) -> PreparedSFT:
-    """Open what a run's ``config.yaml`` names: model and examples."""
-    if not config.get("examples"):
-        raise UserError(f"{where} has no 'examples': the run was started from Python, and goes on there, by the same train_sft(...) with resume=True.")  # fmt: skip
-    settings = build(SFTSettings, config["sft"], where)
-    examples = read_examples(config["examples"])
-    validation = read_examples(config["validation"]) if config.get("validation") else None
-    return PreparedSFT.of(load(config["model"], settings.dtype), examples, validation, settings)
-
-
-def finish_sft(run: Run, prepared: PreparedSFT) -> Tuned:
-    """Train, or go on training, and write policy and report."""
-    p = prepared
-    held = p.heldout.digest if p.heldout is not None else ""
-    run.agree("inputs", {"model": sampled_fingerprint(p.policy.model), "examples": p.train.digest, "validation": held}, "to read")
-    tuned = tune(p.policy, p.train, p.heldout, p.settings, run)
-    tuned.policy.save(run.folder / "policy")
-    write_report(run.folder)
-    return tuned
 
 
 def train_rl(
@@ -625,8 +535,8 @@ def finish_rl(run: Run, prepared: Prepared) -> Outcome:
     return outcome
 
 
-def split_validation(some: list[Known], least: int) -> tuple[list[Known], list[Known]]:
-    """A tenth of prompts or encoded examples, by id, for validation, unless too few would be left to train on."""
-    held = [one for one in some if split_of(one.id, 0.1, 0.0) == "validation"]
-    kept = [one for one in some if split_of(one.id, 0.1, 0.0) != "validation"]
-    return (kept, held) if len(kept) >= least else (some, [])
+def split_validation(prompts: list[Prompt], least: int) -> tuple[list[Prompt], list[Prompt]]:
+    """A tenth of the prompts, by id, for validation, unless too few would be left to train on."""
+    held = [p for p in prompts if split_of(p.id, 0.1, 0.0) == "validation"]
+    kept = [p for p in prompts if split_of(p.id, 0.1, 0.0) != "validation"]
+    return (kept, held) if len(kept) >= least else (prompts, [])

@@ -6,8 +6,7 @@ import argparse
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,15 +25,15 @@ from accord.config import (
     load_yaml,
     recipe_text,
 )
-from accord.data.records import RankedCompletions
 from accord.disk import read_text, write_whole
 from accord.errors import Interrupted, UserError, did_you_mean, needs
+from accord.feedback.given import Given, opened
 from accord.feedback.settings import QueueSettings
+from accord.pretraining.settings import PretrainSettings
 from accord.progress import console, orderly_stop, several
-from accord.supervised.settings import SFTSettings
+from accord.supervised.settings import PreferenceSettings, SFTSettings
 
 if TYPE_CHECKING:
-    from accord.feedback.store import Store
     from accord.supervised.training import Tuned
 
 BUNDLED = "smollm2-135m-instruct"
@@ -62,7 +61,7 @@ def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse
 
 
 def add_ranked(parser: argparse.ArgumentParser) -> None:
-    """What :func:`ranked` reads."""
+    """What :class:`Given` reads, ``--pairs`` aside."""
     parser.add_argument("--completions", metavar="FILE", help="completions that --rankings speak of (from accord sample)")
     parser.add_argument("--rankings", metavar="FILE", help="raw rankings: prompt_id, labeler, ranks")
     parser.add_argument("--store", metavar="FILE", help="instead of both: the label store of accord label, a file or a PostgreSQL URL")
@@ -71,35 +70,9 @@ def add_ranked(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def ranked(arguments: argparse.Namespace) -> Iterator[tuple[Iterable[RankedCompletions], dict[str, float] | None]]:
-    """Completions and rankings of them, some prompts at a time, and labelers' weights if they are given."""
-    from accord.data.sources import read_completions, read_rankings, read_weights
-
-    weights = read_weights(arguments.labeler_weights) if arguments.labeler_weights else None
-    if arguments.store:
-        if arguments.completions or arguments.rankings:
-            raise UserError("--store has the completions and the rankings; leave out --completions and --rankings.")
-        with opened(arguments.store) as store:
-            yield store.by_prompt(), weights
-    elif arguments.rankings and arguments.completions:
-        yield [RankedCompletions(read_completions(arguments.completions, with_tokens=False), read_rankings(arguments.rankings))], weights
-    else:
-        raise UserError("Give --rankings together with --completions, or --store.")
-
-
-@contextmanager
-def opened(url: str, make: bool = False) -> Iterator[Store]:
-    """A label store, closed in the end. ``make``: it need not be there yet."""
-    with needs("label"):
-        from accord.feedback.store import Store
-    if not make and "://" not in url and not Path(url).is_file():
-        raise UserError(f"There is no label store {url}; accord label --store {url} makes it.")
-    store = Store.open(url)
-    try:
-        yield store
-    finally:
-        store.close()
+def preferences(arguments: argparse.Namespace) -> Given:
+    """The options that :func:`add_ranked` adds, and ``--pairs``."""
+    return Given(*(getattr(arguments, name, None) for name in Given._fields))
 
 
 def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -303,6 +276,31 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     tokenizer.add_argument("--validation", metavar="FILE", help="text that is not learned from, to measure on [--text itself]")
     tokenizer.add_argument("--out", type=Path, required=True, help="folder to write, new; transformers opens it")
 
+    pretrain = command(
+        "pretrain",
+        do_pretrain,
+        "Train a language model from nothing, on texts.",
+        "accord pretrain --tokenizer my-tokenizer --text stories.jsonl --size 5m --out runs/mine",
+        PretrainSettings,
+    )
+    pretrain.add_argument("--tokenizer", help="folder of one (accord tokenizer makes it), or of a model")
+    pretrain.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="documents: .txt or .md files, a folder of them, rows with a field 'text', hf:ORG/NAME, which is streamed; repeat",
+    )
+    pretrain.add_argument(
+        "--validation",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="texts that are measured on and not learned from [a twentieth at most of --text]",
+    )
+    pretrain.add_argument("--most", type=int, metavar="N", help="take the first N documents of each of --text [all]")
+    pretrain.add_argument("--sizes", action="store_true", help="print what each size needs and end")
+    pretrain.add_argument("--out", type=Path, help="run folder; the model is in its policy/")
+
     sft = command(
         "sft",
         do_sft,
@@ -318,6 +316,21 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     sft.add_argument("--validation", help="examples that are measured on and not learned from [a tenth of --examples]")
     sft.add_argument("--out", type=Path, required=True, help="run folder; the model is in its policy/")
+
+    prefer = command(
+        "prefer",
+        do_prefer,
+        "Learn from preferences without reinforcement learning: DPO, IPO, KTO, ORPO or SimPO.",
+        "accord prefer --pairs pairs.jsonl --out runs/preferred",
+        PreferenceSettings,
+    )
+    prefer.add_argument("--model", default=BUNDLED, help=MODEL_HELP + "; also the reference")
+    prefer.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
+    add_ranked(prefer)
+    prefer.add_argument(
+        "--validation", metavar="FILE", help="pairs that are measured on and not learned from [those of a tenth of the prompts]"
+    )
+    prefer.add_argument("--out", type=Path, required=True, help="run folder; the model is in its policy/")
 
     rl = command(
         "rl",
@@ -397,7 +410,7 @@ def settings(arguments: argparse.Namespace, kind: type[BaseModel], base: BaseMod
         if not path.is_file():
             raise UserError(f"Config file {path} does not exist.")
         values = load_yaml(read_text(path), str(path))
-        block = {"rl": "rl", "sft": "sft", "evaluate": "evaluation"}.get(arguments.command, "")
+        block = {"rl": "rl", "sft": "sft", "prefer": "prefer", "pretrain": "pretrain", "evaluate": "evaluation"}.get(arguments.command, "")
         if "command" in values and isinstance(values.get(block), dict):  # the config.yaml of a run
             values = values[block]
     values |= given(arguments, kind)
@@ -446,7 +459,7 @@ def do_plan(arguments: argparse.Namespace) -> None:
 
 
 def do_resume(arguments: argparse.Namespace) -> None:
-    from accord.api import finish_rl, finish_sft, prepare_rl, prepare_sft
+    from accord.api import finish_rl, prepare_rl
     from accord.pipeline import Pipeline
     from accord.runs import Run
 
@@ -457,8 +470,10 @@ def do_resume(arguments: argparse.Namespace) -> None:
     elif config["command"] == "rl":
         finish_rl(run, prepare_rl(config, where))
         _after_rl(arguments.run, config.get("environment"))
-    elif config["command"] == "sft":
-        _after_sft(arguments.run, finish_sft(run, prepare_sft(config, where)))
+    elif config["command"] in ("sft", "prefer", "pretrain"):
+        from accord.tuning import finish, prepare
+
+        _after_tuning(arguments.run, config["command"], finish(run, prepare(config, where)))
     else:
         raise UserError(f"{where} names no command that can be resumed ({config['command']!r}).")
 
@@ -476,22 +491,10 @@ def do_sample(arguments: argparse.Namespace) -> None:
 
 def do_reward(arguments: argparse.Namespace) -> None:
     from accord.api import load, refuse_reward, train_reward
-    from accord.data.pairs import group_pairs
-    from accord.data.sources import read_pairs
 
     values = settings(arguments, RewardSettings)
     refuse_reward(arguments.out)
-    if bool(arguments.pairs) == bool(arguments.rankings or arguments.store):
-        raise UserError("Give one of --pairs, --rankings together with --completions, and --store.")
-    if arguments.labeler_weights and arguments.pairs:
-        raise UserError("--labeler-weights weigh --rankings; pairs have no labelers any more.")
-    if arguments.pairs:
-        groups = read_pairs(arguments.pairs)
-    else:
-        with ranked(arguments) as (some, weights):
-            given = list(some)
-        completions = {key: group for one in given for key, group in one.completions.items()}
-        groups = group_pairs(completions, [r for one in given for r in one.rankings], values["fail_weight"], weights)
+    groups = preferences(arguments).groups(values["fail_weight"])
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {several(report.heldout_pairs, 'pair')}; calibration error {report.calibration_error:.3f}.",
@@ -588,7 +591,7 @@ def do_agreement(arguments: argparse.Namespace) -> None:
 def do_export(arguments: argparse.Namespace) -> None:
     from accord.feedback.export import export
 
-    with ranked(arguments) as (some, weights):
+    with preferences(arguments).ranked() as (some, weights):
         count = export(some, arguments.kind, arguments.out, arguments.fail_weight, weights)
     what = {"groups": "prompt", "unpaired": "completion", "dataset": "pair"}.get(arguments.kind, arguments.kind.removesuffix("s"))
     console.print(f"{several(count, what)} in {arguments.out}", soft_wrap=True)
@@ -616,28 +619,69 @@ def do_tokenizer(arguments: argparse.Namespace) -> None:
     )
 
 
-def do_sft(arguments: argparse.Namespace) -> None:
-    from accord.api import finish_sft, prepare_sft
-    from accord.runs import Run, refuse_existing
+def do_pretrain(arguments: argparse.Namespace) -> None:
+    if arguments.sizes:
+        from rich.table import Table
 
+        from accord.pretraining.sizes import table
+
+        values = settings(arguments, PretrainSettings)
+        shown = Table(
+            "size",
+            "shape",
+            "weights",
+            "memory, AdamW",
+            "compute a token",
+            "learning rate",
+            title=f"With a vocabulary of 4096, context {values['context']}",
+        )
+        for row in table(4096, values["context"]):
+            shown.add_row(*row)
+        console.print(shown)
+        return
+    for name in ("tokenizer", "text", "out"):
+        if not getattr(arguments, name):
+            raise UserError(f"accord pretrain needs --{name}. See: accord pretrain --help")
+    _tune(arguments, PretrainSettings, ("tokenizer", "text", "validation", "most"))
+
+
+def do_sft(arguments: argparse.Namespace) -> None:
+    _tune(arguments, SFTSettings, ("model", "examples", "validation"))
+
+
+def do_prefer(arguments: argparse.Namespace) -> None:
+    preferences(arguments).check()
+    _tune(arguments, PreferenceSettings, ("model", *Given._fields, "validation"))
+
+
+def _tune(arguments: argparse.Namespace, kind: type[BaseModel], sources: Sequence[str]) -> None:
+    from accord.runs import Run, refuse_existing
+    from accord.tuning import finish, prepare
+
+    command = arguments.command
     config = {
-        "command": "sft",
-        "model": arguments.model,
-        "examples": arguments.examples,
-        "validation": arguments.validation,
-        "sft": settings(arguments, SFTSettings),
+        "command": command,
+        **{name: getattr(arguments, name) for name in sources},
+        command: settings(arguments, kind),
     }
     refuse_existing(arguments.out)
-    prepared = prepare_sft(config, "accord sft")
-    _after_sft(arguments.out, finish_sft(Run.create(arguments.out, config), prepared))
+    prepared = prepare(config, f"accord {command}")
+    _after_tuning(arguments.out, command, finish(Run.create(arguments.out, config), prepared))
 
 
-def _after_sft(folder: Path, tuned: Tuned) -> None:
-    if tuned.before is not None and tuned.after is not None:
-        console.print(f"Held-out loss {tuned.before:.3f} -> {tuned.after:.3f} nats a token.")
-    console.print(
-        f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: accord chat --model {folder / 'policy'})", soft_wrap=True
-    )
+MEASURES = {
+    "loss": "Held-out loss {}",
+    "bits_per_byte": "Bits a byte {}",
+    "accuracy": "Held-out pairs told apart by the implicit reward: {}",
+}
+
+
+def _after_tuning(folder: Path, command: str, tuned: Tuned) -> None:
+    for name, text in MEASURES.items():
+        if name in tuned.after:
+            console.print(text.format(f"{tuned.before[name]:.3f} -> {tuned.after[name]:.3f}") + ".", soft_wrap=True)
+    use = f'accord look-inside {folder / "policy"} "Once"' if command == "pretrain" else f"accord chat --model {folder / 'policy'}"
+    console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: {use})", soft_wrap=True)
 
 
 def do_rl(arguments: argparse.Namespace) -> None:
@@ -780,7 +824,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = getattr(arguments, "run", None) or getattr(arguments, "out", None)
         hint = (
             f" Go on with: accord resume {folder}"
-            if arguments.command in ("demo", "run", "rl", "sft", "resume")
+            if arguments.command in ("demo", "run", "rl", "sft", "prefer", "pretrain", "resume")
             else " Run the same command again to go on."
         )
         console.print(f"[yellow]{stopped}[/]{hint if folder else ''}", soft_wrap=True)

@@ -4,8 +4,9 @@
     python bench/labeling.py --rankings 2000 --kills 2 --only sqlite
 
 A client is somebody at a browser: it asks for the next item, thinks (exponentially distributed), submits, and repeats the submit
-under the same name until it is acknowledged. One submit in twenty is sent twice. The server is `accord label --accounts`, killed
-(kill -9) at random times and started again on the same port.
+under the same name until it is acknowledged, when the page would: after a second, then twice as long each time, half more or less
+by chance. One submit in twenty is sent twice. The server is `accord label --accounts`, killed (kill -9) at random times and started
+again on the same port.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ async def browser(number, at, cookie, token, csrf, think, acknowledged, times, r
     headers = {"Origin": at, "X-CSRF-Token": csrf}
 
     async def ask(path, body=None):
+        wait = 1.0
         while True:
             begun = time.perf_counter()
             try:
@@ -71,7 +73,8 @@ async def browser(number, at, cookie, token, csrf, think, acknowledged, times, r
             except httpx.TransportError:
                 pass
             retries.append(path)
-            await asyncio.sleep(luck.uniform(0.1, 0.5))
+            await asyncio.sleep(wait * luck.uniform(0.5, 1.5))  # as the page does
+            wait = min(2 * wait, 30.0)
 
     async with httpx.AsyncClient(base_url=at, headers=headers, cookies={cookie: token}, timeout=30) as client:
         await asyncio.sleep(luck.uniform(0, think))

@@ -25,9 +25,11 @@ from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
 from accord.supervised.examples import Encoded
+from accord.supervised.imitation import Imitation
 from accord.supervised.settings import SFTSettings
 from accord.supervised.training import tune
 from accord.text.tokenizer import Tokenizer
+from accord.tuning import adapted
 
 
 def load(task):
@@ -195,7 +197,7 @@ def sft(task):
     def run(count, epochs):
         examples = [Example(f"e{i}", prompt, answer) for i, (prompt, answer, _) in enumerate(work.pairs(count))]
         settings = SFTSettings(adaptation=task["adaptation"], epochs=epochs, examples_per_step=task["batch"])
-        tune(policy, Encoded(policy, examples, None), None, settings, recorder(lambda *_: None))
+        tune(adapted(policy, settings), Imitation(Encoded(policy, examples, None), None, settings), settings, recorder(lambda *_: None))
 
     run(task["batch"], 1)  # one step to warm up
     one, two = (work.clock(lambda n=n: run(task["examples"], n)) for n in (1, 2))

@@ -15,10 +15,10 @@ from accord.data.sources import read_examples
 from accord.disk import write_lines
 from accord.errors import Interrupted, UserError
 from accord.rollout.policy import Policy
-from accord.supervised import training
 from accord.supervised.examples import Encoded, encode_example
+from accord.supervised.imitation import loss_of, sft_loss
 from accord.supervised.settings import SFTSettings
-from accord.supervised.training import State, rate_at, sft_loss
+from accord.supervised.training import State, rate_at
 from accord.text.chats import encode_chat
 from accord.text.tokenizer import Tokenizer
 
@@ -205,7 +205,7 @@ def test_the_gradient_is_transformers_and_packing_changes_nothing(tiny_folder):
     rows = [*EXAMPLES, Example("long", "tell " * 8, "on and on " * 4)]
     grads = {}
     for budget in (10_000, 120, 1):
-        state = State.begin(Policy.load(str(tiny_folder), "float32"), SFTSettings(micro_batch_tokens=budget, adaptation="full"))
+        state = State(Policy.load(str(tiny_folder), "float32").adapt("full", 1, 1, 1.0, 0), SFTSettings(micro_batch_tokens=budget))
         encoded = Encoded(state.policy, rows, None)
         rollout = encoded.rollout(range(len(rows)))
         assert (len(rollout.micro_batches(budget)) == 1) == (budget == 10_000)
@@ -219,7 +219,7 @@ def test_the_gradient_is_transformers_and_packing_changes_nothing(tiny_folder):
     for name, grad in grads[10_000].items():
         for other in (theirs[name].grad, grads[120][name], grads[1][name]):
             assert (grad - other).abs().max() <= 1e-5 * max(1.0, float(grad.abs().max())), name
-    assert training.loss_of(state.policy, encoded, state.budget) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert loss_of(state.policy, encoded, state.budget) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
 def test_a_row_sees_no_other(tiny):
@@ -282,14 +282,14 @@ def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, adaptation):
         return tuned, {n: p.detach().clone() for n, p in tuned.policy.trainable().items()}
 
     whole, weights = go("whole")
-    assert whole.steps == 5 and whole.after < whole.before
+    assert whole.steps == 5 and whole.after["loss"] < whole.before["loss"]
     step, count = State.step, 0
 
-    def stop_at(self, rollout):
+    def stop_at(self, *of):
         nonlocal count
         count += 1
         progress._Stop.requested = count == 3
-        return step(self, rollout)
+        return step(self, *of)
 
     with monkeypatch.context() as patch:
         patch.setattr(State, "step", stop_at)
@@ -350,10 +350,10 @@ def test_a_tables_answers_are_texts(tmp_path):
 
 def test_what_is_held_out(tiny, tmp_path):
     """A tenth by id, 500 at most; none where that would be too long, or too little would be left."""
-    from accord.api import MEASURED, PreparedSFT
+    from accord.tuning import MEASURED, imitation
 
     many = [Example(f"row-{i:05d}", "q", "abcdefgh"[i % 8]) for i in range(6000)]
-    of = lambda some, **more: PreparedSFT.of(tiny, some, None, SFTSettings(**more))
+    of = lambda some, **more: imitation(tiny, some, None, SFTSettings(**more))
     found = of(many)
     assert len(found.heldout) == MEASURED and len(found.train) == 5500
     assert not {row.id for row in found.heldout.rows} & {row.id for row in found.train.rows}
@@ -383,7 +383,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "r").exists()
     assert main([*words, "--max-tokens", "50", "--out", "r"]) == 0
     told = capsys.readouterr().out
-    assert "longer than 50 tokens" in told and "nats a token" in told and "r/policy" in told
+    assert "longer than 50 tokens" in told and "Held-out loss" in told and "r/policy" in told
     assert "supervised fine-tuning" in (tmp_path / "r/report.html").read_text()
     assert main([*words, "--out", "r"]) == 2 and "accord resume r" in capsys.readouterr().err
     assert main(["resume", "r"]) == 0  # done already

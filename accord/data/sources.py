@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -180,35 +181,62 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def read_texts(sources: Sequence[str | Path]) -> list[str]:
-    """Documents: a ``.txt`` or ``.md`` file is one, a folder all of those in it, and of rows (JSONL, Parquet, ...) each its field ``text``.
+def read_texts(sources: Sequence[str | Path], most: int | None = None) -> list[str]:
+    """:func:`iter_texts` at once.
+
+    Raises:
+        UserError: there is no text.
+    """
+    found = list(iter_texts(sources, most))
+    if not any(text.strip() for text in found):
+        raise UserError(f"{', '.join(map(str, sources))}: there is no text.")
+    return found
+
+
+def iter_texts(sources: Sequence[str | Path], most: int | None = None) -> Iterator[str]:
+    """Documents: a ``.txt`` or ``.md`` file is one, a folder all of those in it, and of rows (JSONL, Parquet, ``hf:``, which is
+    streamed) each its field ``text``.
+
+    Args:
+        most: of each source; None is all.
 
     Raises:
         UserError: a file is no text, or a row has none.
     """
-    found: list[str] = []
     for source in sources:
-        path = Path(str(source)).expanduser()
-        inside = sorted(p for p in path.rglob("*") if p.suffix in PLAIN and p.is_file()) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path} is a folder without {' or '.join(PLAIN)} files; give files.")
-        for one in inside:
-            if one.suffix in PLAIN:
-                if not one.is_file():
-                    raise UserError(f"File {one} does not exist.{did_you_mean(str(one), [str(p) for p in one.parent.glob('*')])}")
-                text = read_text(one)
-                if "\0" in text:
-                    raise UserError(f"{one} holds NUL characters, so it is no text; leave it out.")
-                found.append(text)
-                continue
-            for place, row in read_rows(source):
-                if not isinstance(row.get("text"), str):
-                    raise UserError(f"{place} has no field 'text'.{_mistyped(row, ['text'])}")
-                _check_unicode(row["text"], place, "text")
-                found.append(row["text"])
-    if not any(text.strip() for text in found):
-        raise UserError(f"{', '.join(map(str, sources))}: there is no text.")
-    return found
+        yield from islice(_documents(source), most)
+
+
+def text_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The files behind the sources that are not streamed."""
+    return [one for source in sources if not str(source).startswith("hf:") for one in _inside(source)]
+
+
+def _inside(source: str | Path) -> list[Path]:
+    path = Path(str(source)).expanduser()
+    inside = sorted(p for p in path.rglob("*") if p.suffix in PLAIN and p.is_file()) if path.is_dir() else [path]
+    if not inside:
+        raise UserError(f"{path} is a folder without {' or '.join(PLAIN)} files; give files.")
+    for one in inside:
+        if not one.is_file():
+            raise UserError(f"File {one} does not exist.{did_you_mean(str(one), [str(p) for p in one.parent.glob('*')])}")
+    return inside
+
+
+def _documents(source: str | Path) -> Iterator[str]:
+    rows = str(source).startswith("hf:")
+    for one in [Path(str(source))] if rows else _inside(source):
+        if one.suffix in PLAIN and not rows:
+            text = read_text(one)
+            if "\0" in text:
+                raise UserError(f"{one} holds NUL characters, so it is no text; leave it out.")
+            yield text
+            continue
+        for place, row in read_rows(str(source) if rows else one):
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"{place} has no field 'text'.{_mistyped(row, ['text'])}")
+            _check_unicode(row["text"], place, "text")
+            yield row["text"]
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:

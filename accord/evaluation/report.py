@@ -21,11 +21,23 @@ from accord.feedback.criterion import judge
 LEADS = {
     "run": "prompts, completions, rankings, reward model, reinforcement learning, measured.",
     "rl": "reinforcement learning from scores.",
+    "pretrain": "a language model from nothing.",
     "sft": "supervised fine-tuning.",
+    "prefer": "learning from preferences.",
     "evaluate": "two models compared.",
 }
 CURVES = (
-    ("Loss", {"loss": "training", "validation_loss": "held out"}, "-log p, nats a token of what is imitated."),
+    ("Loss", {"loss": "training", "validation_loss": "held out"}, "What is minimised; of examples -log p, nats a token."),
+    (
+        "Pairs told apart",
+        {"accuracy": "training", "validation_accuracy": "held out"},
+        "Share whose preferred has the higher implicit reward.",
+    ),
+    (
+        "Implicit reward",
+        {"implicit_reward_preferred": "preferred", "implicit_reward_other": "other"},
+        "Of both sides of a training pair; often both fall, the other further.",
+    ),
     ("Reward", {"score": "training", "validation_score": "validation"}, "Mean score of a step's completions, before the KL penalty."),
     ("KL to the reference", {"kl": "KL"}, "Nats a completion, from the sampled tokens."),
     ("Entropy", {"entropy": "entropy"}, "Nats a token, of the whole next-token distribution."),

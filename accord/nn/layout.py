@@ -89,6 +89,15 @@ class Layout:
             everywhere = Places(token, there, torch.cat((counts.new_zeros(1), counts.cumsum(0))))
         return cls(ordered[new], columns.expand(B, T)[new], everywhere, home)
 
+    @classmethod
+    def apart(cls, tokens: Tensor, lengths: Tensor) -> Layout:
+        """Of rows one after the other, of which no beginnings are compared. tokens (N,), lengths (B,)."""
+        widest = int(lengths.max())
+        row = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens))
+        positions = torch.arange(len(tokens), device=tokens.device) - (lengths.cumsum(0) - lengths)[row]
+        places = Places.once(row * widest + positions, torch.Size((len(lengths), widest)))
+        return cls(tokens, positions, places, places)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

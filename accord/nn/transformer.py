@@ -34,6 +34,7 @@ class ModelConfig:
         sliding_window: attend to at most this many latest tokens (Mistral); None is full attention.
         windowed: for each layer, whether the sliding window applies to it.
         rotary: for each layer, whether it has rotary positions at all (SmolLM3 leaves some out).
+        positions: ``rotary``, or what is added to the embeddings: ``learned`` vectors, or ``sinusoidal`` ones.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class ModelConfig:
     windowed: tuple[bool, ...] = ()
     rotary: tuple[bool, ...] = ()
     rope: dict[str, object] = field(default_factory=lambda: {"rope_theta": 10000.0})
+    positions: str = "rotary"
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -85,6 +87,13 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         raise UserError(
             f"config.json: rotary positions of type {kind!r} cannot be computed ({first_line(error)}); copy or save the model again."
         ) from None
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(N,) -> (N,width) fp32: sin and cos of the position at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5)."""
+    rate = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+    angles = positions[:, None].float() * rate
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
 
 
 class Linear(nn.Linear):
@@ -211,8 +220,20 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = config.positions
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the first layer reads. tokens, positions (N,) -> (N,D)."""
+        x = self.embed_tokens(tokens)
+        if self.positions == "learned":
+            x = x + self.embed_positions(positions)
+        elif self.positions == "sinusoidal":
+            x = x + sinusoids(positions, x.shape[-1])
+        return cast(Tensor, x.to(dtype))
 
 
 class Transformer(nn.Module):
@@ -257,7 +278,7 @@ class Transformer(nn.Module):
 
     def lower(self, at: Geometry, split: int) -> Tensor:
         """Embed the tokens and run the layers below ``split``: (N,D)."""
-        x = self.model.embed_tokens(at.layout.tokens).to(self.dtype)
+        x = self.model.embed(at.layout.tokens, at.layout.positions, self.dtype)
         for block in self.blocks[:split]:
             x = block(x, at)
         return x

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,7 @@ from accord.errors import UserError, first_line
 from accord.nn.lora import LoraLinear
 from accord.nn.transformer import ModelConfig, Transformer
 
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "accord")
 """``model_type`` values that :class:`Transformer` computes itself."""
 
 
@@ -67,6 +67,7 @@ class ConfigFile(BaseModel):
     max_window_layers: int | None = Field(None, ge=0)
     layer_types: list[str] | None = None
     no_rope_layers: list[int | bool] | None = None
+    positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
 
     @model_validator(mode="after")
     def _check(self) -> ConfigFile:
@@ -79,7 +80,7 @@ class ConfigFile(BaseModel):
             raise ValueError(f"sliding_window is {self.window}; it must be 1 or more")
         if self.num_attention_heads % self.groups:
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.groups} key/value heads")
-        if self.width % 2:
+        if self.positions == "rotary" and self.width % 2:
             raise ValueError(f"heads are {self.width} wide, and rotary positions turn pairs of channels; the width must be even")
         theta = self.rope.get("rope_theta")
         if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
@@ -128,7 +129,8 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     else:
         first_one = (c.max_window_layers or 0) if kind.startswith("qwen") else 0
         windowed = tuple(i >= first_one for i in range(layers))
-    no_rope = c.no_rope_layers if kind == "smollm3" else None
+    positions = c.positions if kind == "accord" else "rotary"
+    no_rope = c.no_rope_layers if kind == "smollm3" else [False] * layers if positions != "rotary" else None
     return ModelConfig(
         architecture=kind,
         vocab_size=c.vocab_size,
@@ -149,6 +151,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         windowed=windowed,
         rotary=tuple(bool(r) for r in no_rope) if no_rope else (),
         rope=c.rope,
+        positions=positions,
     )
 
 

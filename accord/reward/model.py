@@ -65,6 +65,8 @@ class ScalarModel(nn.Module):
         assert isinstance(self.model, Transformer)
         backbone = self.model.model
         state = {f"embed.{k}": v for k, v in backbone.embed_tokens.state_dict().items()}
+        if backbone.positions == "learned":
+            state["positions"] = backbone.embed_positions.weight
         for i, block in enumerate(backbone.layers[: self.cut]):
             state |= {f"{i}.{k}": v for k, v in block.state_dict().items()}
         return fingerprint(state)
@@ -103,11 +105,7 @@ class RewardModel:
             if not answer:
                 raise UserError(f"Prompt '{c.prompt.id}', completion {c.index} is empty; there is nothing to score.")
             encoded.append((encode_checked(self, c.prompt, len(answer)), answer))
-        rollout = from_completions(encoded, list(completions), self.tokenizer.pad_id)
-        device = self.scalar.model.device
-        for name in ("tokens", "positions", "token_mask", "response_mask", "engine_logprobs", "finished"):
-            setattr(rollout, name, getattr(rollout, name).to(device))
-        return rollout
+        return from_completions(encoded, list(completions), self.tokenizer.pad_id).to(self.scalar.model.device)
 
     def raw_scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores: the head's output after the last response token. Differentiable."""
@@ -227,6 +225,8 @@ class RewardModel:
             for i in range(cut):
                 mine.model.layers[i] = start.model.layers[i]
             mine.model.embed_tokens, mine.lm_head = start.model.embed_tokens, start.lm_head
+            if start.model.positions == "learned":
+                mine.model.embed_positions = start.model.embed_positions
 
     def sits_on(self, start: Model) -> bool:
         """Whether every layer below the cut is ``start``'s own object, so that its activations can be used."""

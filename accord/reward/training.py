@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accord.checkpoints import Checkpoints, adam_state, load_adam_state, under
+from accord.data.batching import packs
 from accord.data.records import PairGroup
 from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.errors import UserError
@@ -336,19 +337,10 @@ class Encoded:
         return Encoded([self.groups[i] for i in indices], self.rows, [self.offsets[i] for i in indices], self.added)
 
     def micro_batches(self, indices: Sequence[int], tokens: int) -> list[list[int]]:
-        """The prompts in their order, cut where their rows would have more padded tokens than that; a prompt stays whole."""
-        parts: list[list[int]] = []
-        rows = widest = 0
-        for i in indices:
-            count = len(self.groups[i].completions)
-            longest = int(self.rows.lengths[self.offsets[i] : self.offsets[i] + count].max())
-            rows, widest = rows + count, max(widest, longest)
-            if parts and rows * widest <= tokens:
-                parts[-1].append(i)
-            else:
-                parts.append([i])
-                rows, widest = count, longest
-        return parts
+        """:func:`accord.data.batching.packs` of the prompts."""
+        own = self.rows.lengths.tolist()
+        count = lambda i: len(self.groups[i].completions)
+        return packs(indices, count, lambda i: max(own[self.offsets[i] : self.offsets[i] + count(i)]), tokens)
 
     def batch(self, indices: list[int]) -> tuple[Rollout, list[PairGroup], list[int]]:
         groups = [self.groups[i] for i in indices]

@@ -135,7 +135,7 @@ class Decoder:
             self.values[layer, rows, :, :T] = values[source]
             return collect(attend_rows(lay_out(query, layout.home, *angles), keys, values, block.window), layout.home)
 
-        hidden, trunk = self._layers(layout.tokens, split, attention)
+        hidden, trunk = self._layers(layout.tokens, layout.positions, split, attention)
         last = everywhere.token[torch.arange(P, device=tokens.device), lengths - 1]
         return hidden[last], layout.rows(trunk)
 
@@ -153,12 +153,12 @@ class Decoder:
             cache = self.keys[layer], self.values[layer]
             return self.pieces.attend(joined, *cache, place, heads, block.self_attn.rotary, block.window)
 
-        return self._layers(tokens, split, attention)
+        return self._layers(tokens, positions, split, attention)
 
-    def _layers(self, tokens: Tensor, split: int, attention: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _layers(self, tokens: Tensor, positions: Tensor, split: int, attention: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """All layers over N tokens. ``attention``: (layer, (N,(H+2G)d)) -> (N,H*d). Returns final hidden and trunk, (N,D)."""
         pieces, eps = self.pieces, self.model.config.rms_norm_eps
-        x, change, trunk = self.model.model.embed_tokens(tokens).to(self.model.dtype), None, None
+        x, change, trunk = self.model.model.embed(tokens, positions, self.model.dtype), None, None
         for layer, fused in enumerate(self.blocks):
             normed = pieces.add_norm(x, change, fused.input_norm, eps)
             if layer == split:

@@ -130,14 +130,24 @@ class Reader(Protocol):
     def context(self) -> int: ...
 
 
-def encode_checked(policy: Reader, prompt: Prompt, room: int) -> list[int]:
-    """Ids of a prompt that leaves ``room`` tokens of the context for its completion."""
+def encode_named(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt.
+
+    Raises:
+        UserError: it has none, or cannot be encoded; the message names it.
+    """
     try:
-        ids = policy.tokenizer.encode_prompt(prompt.content)
+        ids = tokenizer.encode_prompt(prompt.content)
     except UserError as error:
         raise UserError(f"Prompt '{prompt.id}': {error}") from None
     if not ids:
         raise UserError(f"Prompt '{prompt.id}' has no tokens.")
+    return ids
+
+
+def encode_checked(policy: Reader, prompt: Prompt, room: int) -> list[int]:
+    """Ids of a prompt that leaves ``room`` tokens of the context for its completion."""
+    ids = encode_named(policy.tokenizer, prompt)
     if len(ids) + room > policy.context:
         raise UserError(
             f"Prompt '{prompt.id}' has {len(ids)} tokens; with {room} new ones it exceeds the model's context of "

@@ -100,6 +100,11 @@ class Rollout:
                 changes[f.name] = [value[i] for i in rows.tolist()]
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device) -> Rollout:
+        """On that device."""
+        changes = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **changes)  # type: ignore[arg-type]
+
     def micro_batches(self, token_budget: int) -> list[Tensor]:
         """:func:`micro_batches` of the rows, a prompt's completions together."""
         families = self.group.tolist() if self.prompts else range(len(self))

@@ -104,6 +104,18 @@ class Tokenizer:
         """Ids of a text in which special tokens stand already."""
         return self._encode(text, False)
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole texts, without special tokens, several at once.
+
+        Raises:
+            UserError: a tokenizer of characters has no token for one of theirs.
+        """
+        self.check_alphabet(texts)
+        try:
+            return [list(ids) for ids in self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+        except Exception as error:
+            raise UserError(f"The tokenizer cannot read a text ({first_line(error)}); copy its files again.") from None
+
     def encode_completion(self, text: str, finished: bool) -> list[int]:
         """Ids of a completion, with the end-of-sequence token if it finished by itself."""
         ids = self._ids(text, False)

@@ -140,7 +140,7 @@ function offline(why) {
   late = true;
   banner(`${why} ${waiting ? `${waiting} ${waiting === 1 ? "answer is" : "answers are"} kept in this browser and sent` : "It goes on"} as soon as that works.`);
   clearTimeout(retry);
-  retry = setTimeout(send, wait);
+  retry = setTimeout(send, wait * (0.5 + Math.random())); // not everybody at once when the server is back
   wait = Math.min(wait * 2, 30_000);
 }
 

@@ -1,0 +1,178 @@
+"""A corpus in tokens, in a file that is mapped into memory, and the rows that a model is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accord.disk import read_object, whole_folder
+from accord.errors import UserError
+from accord.nn.layout import Layout
+from accord.progress import console, safe_point
+from accord.text.tokenizer import Tokenizer
+
+TOGETHER = 2**22
+"""Characters that are encoded at once."""
+FEW = 20
+"""Documents below which the held-out part is the end of the text."""
+MEASURED = 100_000
+"""Tokens that are held out, about, and at most a twentieth."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents in tokens, each between two end tokens.
+
+    Attributes:
+        ids: (N,) all tokens, one document after the other, on the disk.
+        starts: (D+1,) where each document begins, and where the last one ends.
+        sizes: (D,) bytes of each document's text (UTF-8).
+        digest: of all of that.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    digest: str
+
+    @classmethod
+    def of(cls, texts: Iterable[str], tokenizer: Tokenizer, folder: Path, key: str) -> Tokens:
+        """Those in ``folder``, where they are written first if they are not there.
+
+        Args:
+            key: what they are made of; a folder that holds others is an error.
+
+        Raises:
+            UserError: there is no text, or the folder cannot be written.
+        """
+        if not folder.is_dir():
+            with whole_folder(folder) as aside:
+                _write(texts, tokenizer, aside, key)
+        about = read_object(folder / "about.json")
+        if about.get("key") != key:
+            raise UserError(f"{folder} holds the tokens of something else; delete it.")
+        ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
+        return cls(ids, np.load(folder / "starts.npy"), np.load(folder / "sizes.npy"), about["digest"])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def whole(self) -> Rows:
+        """All of it."""
+        return Rows(self, np.stack((self.starts[:-1], self.starts[1:]), 1))
+
+    def split(self) -> tuple[Rows, Rows]:
+        """What is trained on, and what is held out: whole documents by their place, of few the end of the last."""
+        count, total = len(self), len(self.ids)
+        most = min(MEASURED, total // 20)
+        if count < FEW:
+            cut = total - max(most, 2)
+            begin = int(np.searchsorted(self.starts, cut, "right")) - 1
+            spans = [(a, b) for a, b in zip(self.starts[:begin], self.starts[1 : begin + 1], strict=True)]
+            held = [(cut, self.starts[begin + 1]), *zip(self.starts[begin + 1 : -1], self.starts[begin + 2 :], strict=True)]
+            return Rows(self, [*spans, (self.starts[begin], cut)]), Rows(self, held)
+        lengths, chosen, so_far = np.diff(self.starts), np.zeros(count, dtype=bool), 0
+        for i in sorted(range(count), key=lambda i: hashlib.sha256(str(i).encode()).digest())[: count // FEW + 1]:
+            chosen[i], so_far = True, so_far + lengths[i]
+            if so_far >= most:
+                break
+        every = np.stack((self.starts[:-1], self.starts[1:]), 1)
+        return Rows(self, every[~chosen]), Rows(self, every[chosen])
+
+
+def _write(texts: Iterable[str], tokenizer: Tokenizer, folder: Path, key: str) -> None:
+    dtype = np.dtype(np.uint16 if len(tokenizer.inner) <= 2**16 else np.uint32)
+    end = tokenizer.eos_ids[0]
+    starts, sizes, total, found = [0], list[int](), 0, hashlib.sha256()
+    with (folder / "ids.bin").open("wb") as out:
+        for some in _together(texts):
+            safe_point("Nothing is kept of the tokens.")
+            for text, ids in zip(some, tokenizer.encode_texts(some), strict=True):
+                row = np.array([end, *ids, end], dtype=dtype)
+                out.write(data := row.tobytes())
+                found.update(data)
+                total += len(row)
+                starts.append(total)
+                sizes.append(len(text.encode()))
+            console.print(f"  Tokens: {total / 1e6:.1f} M of {len(sizes)} documents", soft_wrap=True)
+    if not sizes:
+        raise UserError("There is no text to learn from.")
+    np.save(folder / "starts.npy", np.array(starts))
+    np.save(folder / "sizes.npy", np.array(sizes))
+    about = {"key": key, "dtype": dtype.name, "digest": found.hexdigest()[:16]}
+    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _together(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents that have a text, as many at once as have :data:`TOGETHER` characters."""
+    some, size = list[str](), 0
+    for text in texts:
+        if not text.strip():
+            continue
+        some.append(text)
+        size += len(text)
+        if size >= TOGETHER:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+class Rows:
+    """Documents as rows that a model is trained on: the parts of a document have at most ``context`` tokens to read, each token after a
+    document's first is told once, and no row has tokens of two documents.
+
+    Args:
+        spans: (S,2) where each document, or part of one, begins and ends among ``tokens.ids``.
+    """
+
+    def __init__(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | np.ndarray) -> None:
+        self.tokens, self.spans = tokens, np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+    @property
+    def told(self) -> int:
+        """Tokens that are told, in all."""
+        return int((self.spans[:, 1] - self.spans[:, 0] - 1).sum())
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of their texts: of whole documents known, of parts by their share of the document's tokens."""
+        which = np.searchsorted(self.tokens.starts, self.spans[:, 0], "right") - 1
+        whole = np.diff(self.tokens.starts)[which]
+        return round(float((self.tokens.sizes[which] * ((self.spans[:, 1] - self.spans[:, 0]) / whole)).sum()))
+
+    def cut(self, context: int) -> Parts:
+        """Rows of at most ``context`` tokens to read."""
+        lengths = self.spans[:, 1] - self.spans[:, 0]
+        counts = np.maximum(-(-(lengths - 1) // context), 0)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        begins = self.spans[owner, 0] + place * context
+        return Parts(self.tokens.ids, begins, np.minimum(self.spans[owner, 1] - begins - 1, context))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of tokens to read and, one place on, to tell: row i reads ``ids[begins[i] : begins[i] + sizes[i]]``."""
+
+    ids: np.ndarray
+    begins: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def batch(self, numbers: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Layout, Tensor]:
+        """Where these rows' tokens stand, and (N,) the tokens that follow them."""
+        pieces = [self.ids[b : b + n + 1].astype(np.int64) for b, n in zip(self.begins[numbers], self.sizes[numbers], strict=True)]
+        read = torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces]))
+        told = torch.from_numpy(np.concatenate([piece[1:] for piece in pieces]))
+        return Layout.apart(read.to(device), torch.from_numpy(self.sizes[numbers]).to(device)), told.to(device)

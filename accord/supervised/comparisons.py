@@ -1,0 +1,144 @@
+"""Preferences in a model's tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accord.data.batching import packs
+from accord.data.records import Completion, PairGroup
+from accord.errors import UserError
+from accord.nn.budget import TokenBudget
+from accord.nn.loading import Model
+from accord.progress import bar, console, safe_point, several, track
+from accord.rollout.engine import encode_named
+from accord.rollout.policy import Policy
+from accord.rollout.rollout import Rollout, from_completions
+from accord.rollout.scoring import score_states, states_of
+
+
+def sequence_logprobs(model: Model, rollout: Rollout) -> Tensor:
+    """(B,) log p(completion | prompt), nats: summed over the response tokens. Differentiable."""
+    states = states_of(model, rollout, 0)
+    return score_states(model, rollout, states, 1.0, entropic=False).logprobs.sum(-1)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt's completions in tokens, and what is said of them."""
+
+    group: PairGroup
+    prompt: list[int]
+    answers: list[list[int]]
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max(map(len, self.answers))
+
+    @property
+    def labels(self) -> list[float]:
+        """Of each completion, for losses that know no pairs: the weight of the pairs it wins minus that of those it loses, as a share
+        of the most that any has; above 0 is desirable, 0 is neither."""
+        net = [0.0] * len(self.answers)
+        for pair in self.group.pairs:
+            net[pair.preferred] += pair.weight
+            net[pair.other] -= pair.weight
+        most = max(map(abs, net))
+        return [value / most if most else 0.0 for value in net]
+
+
+class Comparisons:
+    """Prompts with compared completions, in a policy's tokens.
+
+    Attributes:
+        judged: those that have a pair and are not left out for their length.
+        digest: of everything they are.
+
+    Raises:
+        UserError: one does not fit the model, or none is left.
+    """
+
+    def __init__(self, policy: Policy, groups: Sequence[PairGroup], max_tokens: int | None, what: str = "pairs") -> None:
+        found = [judge(policy, group) for group in track(groups, f"Encoding {what}", len(groups)) if group.pairs]
+        if max_tokens is not None:
+            fitting = [one for one in found if one.longest <= max_tokens]
+            if len(fitting) < len(found):
+                console.print(f"{several(len(found) - len(fitting), 'prompt')} of {len(found)} of the {what} are longer, with a completion, than {max_tokens} tokens and left out.", soft_wrap=True)  # fmt: skip
+            found = fitting
+        if not found:
+            raise UserError(f"There are no {what} that are short enough; raise --max-tokens.")
+        longest = max(found, key=lambda one: one.longest)
+        if longest.longest > policy.context:
+            over = sum(one.longest > policy.context for one in found)
+            raise UserError(
+                f"{over} of {several(len(found), 'prompt')} exceed, with a completion, the model's context of {policy.context} tokens, such as "
+                f"'{longest.group.prompt.id}' with {longest.longest}; shorten them, or leave them out with --max-tokens {policy.context}."
+            )
+        self._set(found, policy)
+
+    def _set(self, judged: Sequence[Judged], policy: Policy) -> None:
+        self.judged, self._policy = list(judged), policy
+        self.digest = hashlib.sha256(json.dumps([[j.prompt, j.answers, j.group.pairs, j.group.weight] for j in judged]).encode()).hexdigest()[:16]  # fmt: skip
+
+    def only(self, judged: Sequence[Judged]) -> Comparisons:
+        """The same policy's, of these prompts."""
+        some = Comparisons.__new__(Comparisons)
+        some._set(judged, self._policy)
+        return some
+
+    def __len__(self) -> int:
+        return len(self.judged)
+
+    def packs(self, numbers: Iterable[int], tokens: int) -> list[list[int]]:
+        """These prompts, longest first, in micro-batches of at most so many padded tokens; a prompt's completions stay together."""
+        order = sorted(numbers, key=lambda i: -self.judged[i].longest)
+        return packs(order, lambda i: len(self.judged[i].answers), lambda i: self.judged[i].longest, tokens)
+
+    def rollout(self, numbers: Iterable[int], answers_of: Iterable[int] | None = None) -> Rollout:
+        """The completions of these prompts as rows, those of a prompt together.
+
+        Args:
+            answers_of: whose completions each prompt has instead of its own, cut where the context ends.
+        """
+        encoded, completions = [], list[Completion]()
+        numbers = list(numbers)
+        for i, other in zip(numbers, numbers if answers_of is None else answers_of, strict=True):
+            prompt, theirs = self.judged[i].prompt, self.judged[other]
+            room = self._policy.context - len(prompt)
+            encoded += [(prompt, answer[:room]) for answer in theirs.answers]
+            completions += theirs.group.completions
+        return from_completions(encoded, completions, self._policy.tokenizer.pad_id).to(self._policy.device)
+
+    @torch.no_grad()
+    def logprobs(self, model: Model, budget: TokenBudget, what: str) -> list[Tensor]:
+        """Of each prompt, (K,) fp32: log p of its completions under a model."""
+        out: list[Tensor] = [torch.empty(0)] * len(self)
+
+        def work(tokens: int) -> None:
+            with bar(what, len(self)) as progress:
+                for part in self.packs(range(len(self)), tokens):
+                    safe_point("Nothing has been trained since the last checkpoint.")
+                    told = sequence_logprobs(model, self.rollout(part))
+                    for i, some in zip(part, told.split([len(self.judged[i].answers) for i in part]), strict=True):
+                        out[i] = some
+                    progress.advance(len(part))
+
+        budget.fit(work)
+        return out
+
+
+def judge(policy: Policy, group: PairGroup) -> Judged:
+    """A group in a policy's tokens.
+
+    Raises:
+        UserError: a completion is empty, or the prompt cannot be encoded.
+    """
+    answers = [list(c.tokens) or policy.tokenizer.encode_completion(c.text, c.finished) for c in group.completions]
+    if [] in answers:
+        raise UserError(f"Prompt '{group.prompt.id}', completion {answers.index([])} is empty; there is nothing to prefer.")
+    return Judged(group, encode_named(policy.tokenizer, group.prompt), answers)

@@ -1,0 +1,286 @@
+"""Runs of ``accord sft``, ``prefer`` and ``pretrain``: from files or records to a run folder with a policy and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accord.api import load
+from accord.config import build
+from accord.data.pairs import grouped_pairs
+from accord.data.records import Example, PairGroup, RankedCompletions, split_of
+from accord.data.sources import iter_texts, read_examples, read_pairs, text_files
+from accord.disk import file_digest
+from accord.errors import UserError
+from accord.evaluation.report import write_report
+from accord.feedback.given import Given
+from accord.nn.bundled import cache_folder
+from accord.nn.loading import model_folder, resolve_dtype
+from accord.nn.weights import sampled_fingerprint
+from accord.pretraining.language import Language, new_policy
+from accord.pretraining.settings import PretrainSettings
+from accord.pretraining.sizes import memory
+from accord.pretraining.tokens import Tokens
+from accord.progress import console, several
+from accord.rollout.policy import Policy
+from accord.runs import Run, refuse_existing
+from accord.supervised.comparisons import Comparisons
+from accord.supervised.examples import Encoded
+from accord.supervised.imitation import Imitation
+from accord.supervised.preference import Preference
+from accord.supervised.settings import LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
+from accord.supervised.training import Task, Tuned, tune
+from accord.text.tokenizer import Tokenizer
+
+Row = TypeVar("Row")
+MEASURED = 500
+"""Rows that are held out at most, unless they are given."""
+
+
+def train_sft(
+    policy: Policy,
+    examples: Sequence[Example] | str | Path,
+    *,
+    out: str | Path | None = None,
+    validation: Sequence[Example] | str | Path | None = None,
+    resume: bool = False,
+    allow_changes: bool = False,
+    **settings: Any,
+) -> Tuned:
+    """Supervised fine-tuning: teach the policy to answer as the examples do; the taught policy is in what comes back.
+
+    Args:
+        examples: what :func:`accord.read_examples` gives, or a file for it.
+        out: run folder, new; by default ``runs/sft-DATE-TIME``.
+        validation: examples that are measured on and not learned from; by default a tenth of ``examples``, by id.
+        resume: go on with the run in ``out``, if there is one: the same call, repeated until it ends, is the whole run.
+        allow_changes: go on although settings or examples are not those the run was started with; its history says so.
+        settings: fields of :class:`accord.supervised.settings.SFTSettings`, such as ``epochs=2``.
+
+    Raises:
+        UserError: an example does not fit the model, the folder exists, or the run was started with something else.
+    """
+    s = build(SFTSettings, settings, "sft")
+
+    def task(start: Policy) -> Task:
+        given = read_examples(examples) if isinstance(examples, (str, Path)) else list(examples)
+        held = read_examples(validation) if isinstance(validation, (str, Path)) else validation
+        return imitation(start, given, held, s)
+
+    return _train("sft", policy, s, task, out, resume, allow_changes)
+
+
+def train_preference(
+    policy: Policy,
+    pairs: Sequence[PairGroup] | RankedCompletions | str | Path,
+    *,
+    out: str | Path | None = None,
+    validation: Sequence[PairGroup] | str | Path | None = None,
+    resume: bool = False,
+    allow_changes: bool = False,
+    **settings: Any,
+) -> Tuned:
+    """Learn from preferences without reinforcement learning (DPO, IPO, KTO, ORPO, SimPO); the policy is in what comes back.
+
+    Args:
+        pairs: what :func:`accord.read_pairs` gives, a file for it, or what the feedback stage gave.
+        out: run folder, new; by default ``runs/prefer-DATE-TIME``.
+        validation: pairs that are measured on and not learned from; by default those of a tenth of the prompts, by id.
+        resume, allow_changes: as in :func:`train_sft`.
+        settings: fields of :class:`accord.supervised.settings.PreferenceSettings`, such as ``loss="ipo"``.
+
+    Raises:
+        UserError: a completion does not fit the model, the folder exists, or the run was started with something else.
+    """
+    s = build(PreferenceSettings, settings, "prefer")
+
+    def task(start: Policy) -> Task:
+        if isinstance(pairs, RankedCompletions):
+            given = grouped_pairs(pairs, s.fail_weight)
+        else:
+            given = read_pairs(pairs) if isinstance(pairs, (str, Path)) else list(pairs)
+        held = read_pairs(validation) if isinstance(validation, (str, Path)) else validation
+        return preference(start, given, held, s)
+
+    return _train("prefer", policy, s, task, out, resume, allow_changes)
+
+
+def pretrain(
+    tokenizer: str | Path,
+    text: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    validation: Sequence[str | Path] = (),
+    most: int | None = None,
+    resume: bool = False,
+    allow_changes: bool = False,
+    **settings: Any,
+) -> Tuned:
+    """Train a language model from nothing; the policy is in what comes back.
+
+    Args:
+        tokenizer: folder of one (``accord tokenizer``), or of a model.
+        text: files, folders and ``hf:`` datasets (:func:`accord.data.sources.iter_texts`).
+        out: run folder, new; by default ``runs/pretrain-DATE-TIME``.
+        validation: texts that are measured on and not learned from; by default some of ``text``.
+        most: documents of each source.
+        resume, allow_changes: as in :func:`train_sft`.
+        settings: fields of :class:`accord.pretraining.settings.PretrainSettings`, such as ``size="15m"``.
+
+    Raises:
+        UserError: there is no text, the folder exists, or the run was started with something else.
+    """
+    s = build(PretrainSettings, settings, "pretrain")
+    folder, resume = _folder("pretrain", out, resume)
+    config = {
+        "command": "pretrain", "tokenizer": str(tokenizer), "text": list(map(str, text)), "validation": list(map(str, validation)),
+        "most": most, "pretrain": s.model_dump(),
+    }  # fmt: skip
+    return _go(folder, config, prepare(config, "pretrain"), resume, allow_changes)
+
+
+def _train(
+    command: str,
+    policy: Policy,
+    settings: TuningSettings,
+    task: Callable[[Policy], Task],
+    out: str | Path | None,
+    resume: bool,
+    allow_changes: bool,
+) -> Tuned:
+    if settings.dtype != "auto" and resolve_dtype(settings.dtype) != policy.model.compute_dtype:
+        raise UserError(f"The policy was loaded in another dtype than {settings.dtype}; give it to load(): accord.load(name, '{settings.dtype}').")  # fmt: skip
+    folder, resume = _folder(command, out, resume)
+    start = policy.frozen()
+    prepared = Prepared(settings, start, task(start))
+    return _go(folder, {"command": command, "model": policy.source, command: settings.model_dump()}, prepared, resume, allow_changes)
+
+
+def _folder(command: str, out: str | Path | None, resume: bool) -> tuple[Path, bool]:
+    """Where a run is, and whether it is there already."""
+    if resume and out is None:
+        raise UserError("resume goes on with the run in a folder; name it: out='runs/mine'.")
+    folder = Path(out) if out is not None else Path("runs") / time.strftime(f"{command}-%Y%m%d-%H%M%S")
+    resume = resume and (folder / "config.yaml").is_file()
+    if not resume:
+        refuse_existing(folder)
+    return folder, resume
+
+
+def _go(folder: Path, config: dict[str, Any], prepared: Prepared, resume: bool, allow_changes: bool) -> Tuned:
+    run = Run.go_on(folder, config, allow_changes) if resume else Run.create(folder, config)
+    try:
+        return finish(run, prepared)
+    finally:
+        run.close()
+
+
+def imitation(policy: Policy, examples: Sequence[Example], validation: Sequence[Example] | None, settings: SFTSettings) -> Imitation:
+    """The task of ``accord sft``. ``validation``: None holds out a tenth of the examples (:func:`split_rows`)."""
+    if validation is not None:
+        held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
+        return Imitation(Encoded(policy, examples, settings.max_tokens), held, settings)
+    every = Encoded(policy, examples, settings.max_tokens)
+    kept, out = split_rows(every.rows, lambda row: row.id, settings.examples_per_step)
+    return Imitation(every.only(kept), every.only(out) if out else None, settings)
+
+
+def preference(policy: Policy, pairs: Sequence[PairGroup], validation: Sequence[PairGroup] | None, settings: PreferenceSettings) -> Preference:  # fmt: skip
+    """The task of ``accord prefer``. ``validation``: None holds out the pairs of a tenth of the prompts (:func:`split_rows`)."""
+    if validation is not None:
+        held = Comparisons(policy, validation, settings.max_tokens, "validation pairs") if validation else None
+        return Preference(policy, Comparisons(policy, pairs, settings.max_tokens), held, settings)
+    every = Comparisons(policy, pairs, settings.max_tokens)
+    kept, out = split_rows(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step)
+    return Preference(policy, every.only(kept), every.only(out) if out else None, settings)
+
+
+def split_rows(rows: Sequence[Row], name: Callable[[Row], str], least: int) -> tuple[list[Row], list[Row]]:
+    """What is learned from and what is measured on: a tenth by id, :data:`MEASURED` at most, and nothing if fewer than ``least``
+    would be left to learn from."""
+    held = [row for row in rows if split_of(name(row), 0.1, 0.0) == "validation"]
+    kept = [row for row in rows if split_of(name(row), 0.1, 0.0) != "validation"]
+    return (kept + held[MEASURED:], held[:MEASURED]) if len(kept) >= least else (list(rows), [])
+
+
+@dataclass
+class Prepared:
+    """Everything a run needs, opened and checked before its folder exists. ``policy``: where it starts."""
+
+    settings: LoopSettings
+    policy: Policy
+    task: Task
+
+
+def prepare(config: Mapping[str, Any], where: str) -> Prepared:
+    """Open what a run's ``config.yaml`` names: model, and examples or preferences."""
+    command = str(config["command"])
+    if command == "pretrain":
+        return _from_nothing(config, build(PretrainSettings, config["pretrain"], where))
+    of = "examples" if command == "sft" else "pairs"
+    if not config.get(of) and not (command == "prefer" and (config.get("rankings") or config.get("store"))):
+        call = "train_sft" if command == "sft" else "train_preference"
+        raise UserError(f"{where} has no '{of}': the run was started from Python, and goes on there, by the same {call}(...) with resume=True.")  # fmt: skip
+    if command == "sft":
+        settings = build(SFTSettings, config["sft"], where)
+        examples = read_examples(config["examples"])
+        held = read_examples(config["validation"]) if config.get("validation") else None
+        policy = load(config["model"], settings.dtype)
+        return Prepared(settings, policy, imitation(policy, examples, held, settings))
+    wanted = build(PreferenceSettings, config["prefer"], where)
+    groups = Given(*map(config.get, Given._fields)).groups(wanted.fail_weight)
+    held_groups = read_pairs(config["validation"]) if config.get("validation") else None
+    policy = load(config["model"], wanted.dtype)
+    return Prepared(wanted, policy, preference(policy, groups, held_groups, wanted))
+
+
+def _from_nothing(config: Mapping[str, Any], settings: PretrainSettings) -> Prepared:
+    folder = Path(config["tokenizer"])
+    tokenizer = Tokenizer.load(folder if folder.is_dir() else model_folder(config["tokenizer"]))
+    most = config.get("most")
+    text = corpus(config["text"], tokenizer, most)
+    if config.get("validation"):
+        train, held = text.whole(), corpus(config["validation"], tokenizer, most).whole()
+    else:
+        train, held = text.split()
+    policy = new_policy(tokenizer, settings)
+    weights = sum(p.numel() for p in policy.trainable().values())
+    task = Language(train, held, settings)
+    console.print(
+        f"{weights / 1e6:.1f} M weights, {memory(weights, settings.optimizer == 'muon') / 1e9:.2f} GB while they train; {several(len(text), 'document')}, "
+        f"{train.told / 1e6:.2f} M tokens ({train.bytes / train.told:.2f} bytes each); {task.steps} steps of {settings.tokens_per_step} tokens.",
+        soft_wrap=True,
+    )  # fmt: skip
+    return Prepared(settings, policy, task)
+
+
+def corpus(sources: Sequence[str], tokenizer: Tokenizer, most: int | None) -> Tokens:
+    """Texts in tokens, kept in accord's cache: files by what is in them, datasets by their names.
+
+    Raises:
+        UserError: there is no text.
+    """
+    about = [*map(str, sources), *map(file_digest, text_files(sources)), tokenizer.fingerprint, most]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return Tokens.of(iter_texts(sources, most), tokenizer, cache_folder() / f"tokens-{key}", key)
+
+
+def adapted(start: Policy, settings: TuningSettings) -> Policy:
+    """A policy that starts from ``start`` and of which that trains which the settings say."""
+    top = settings.top_layers if settings.adaptation == "split" else 1  # where nothing is split off it means nothing
+    return start.adapt(settings.adaptation, top, settings.lora_rank, settings.lora_alpha, settings.seed)
+
+
+def finish(run: Run, prepared: Prepared) -> Tuned:
+    """Train, or go on training, and write policy and report."""
+    run.agree("inputs", {"model": sampled_fingerprint(prepared.policy.model), **prepared.task.digests}, "to read")
+    settings, policy = prepared.settings, prepared.policy
+    tuned = tune(adapted(policy, settings) if isinstance(settings, TuningSettings) else policy, prepared.task, settings, run)
+    tuned.policy.save(run.folder / "policy")
+    write_report(run.folder)
+    return tuned
