@@ -19,6 +19,8 @@ _HOME = {
     "pretrain": "tuning",
     "train_rl": "api",
     "evaluate": "api",
+    "compare": "inside.comparison",
+    "trace": "inside.trace",
     "read_prompts": "data.sources",
     "read_examples": "data.sources",
     "read_pairs": "data.sources",

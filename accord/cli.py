@@ -385,6 +385,41 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     explained.add_argument("--row", type=int, default=0, help="which of the step's completions [0]")
     explained.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
 
+    inside = command(
+        "look-inside",
+        do_look_inside,
+        "A page that shows what each layer of a model does to a text: tokens, embeddings, attention, residual stream, next tokens.",
+        'accord look-inside smollm2-135m-instruct "The cat sat on the mat because it was tired"',
+    )
+    inside.add_argument("model", help=MODEL_HELP)
+    inside.add_argument("text", help="a sentence or two; a page holds 128 tokens")
+    inside.add_argument("--chat", action="store_true", help="the text is what a user says; the model's template is put around it")
+    inside.add_argument("--out", type=Path, default=Path("inside.html"), help="page to write [inside.html]")
+    inside.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
+
+    two = command(
+        "compare",
+        do_compare,
+        "Two models on the same text: perplexity, agreement on the next token, KL by place, and what each writes.",
+        "accord compare smollm2-135m-instruct runs/brief/policy --text held.txt --out compared.html",
+    )
+    two.add_argument("a", help=MODEL_HELP)
+    two.add_argument("b", help="the other model")
+    two.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="documents: .txt or .md files, a folder of them, rows with a field 'text'; repeat",
+    )
+    two.add_argument("--most", type=int, metavar="N", help="take the first N documents of each of --text [all]")
+    two.add_argument("--window", type=int, default=512, metavar="N", help="tokens read at once; each window begins anew [512]")
+    two.add_argument("--samples", type=int, default=4, metavar="N", help="documents whose beginnings both continue [4]")
+    two.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="length limit of these [64]")
+    two.add_argument("--seed", type=int, default=0, help="luck of these [0]")
+    two.add_argument("--out", type=Path, default=Path("compared.html"), help="page to write [compared.html]")
+    two.add_argument("--json", type=Path, metavar="FILE", help="also write all the numbers")
+
     game = command(
         "play", do_play, "Let a model play an environment's episodes.", "accord play --model runs/ttt/policy --environment tictactoe"
     )
@@ -757,6 +792,56 @@ def do_explain(arguments: argparse.Namespace) -> None:
     print_explained(explained)
     if arguments.json:
         arguments.json.write_text(json.dumps(asdict(explained), indent=1, ensure_ascii=False))
+
+
+def do_look_inside(arguments: argparse.Namespace) -> None:
+    from accord.api import load
+    from accord.inside.page import as_json, as_page
+    from accord.inside.trace import trace
+
+    _refuse_page(arguments.out, "<title>Inside ")
+    found = trace(load(arguments.model), arguments.text, arguments.chat)
+    write_whole(arguments.out, as_page(found))
+    if arguments.json:
+        write_whole(arguments.json, as_json(found))
+    best = found.logits[-1].softmax(-1).topk(min(5, found.logits.shape[1]))
+    told = ", ".join(
+        f"{found.policy.tokenizer.inner.decode([i])!r} {p:.1%}" for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    console.print(f"{several(len(found.ids), 'token')}; what comes next: {told}\nPage: {arguments.out}", soft_wrap=True, markup=False)
+
+
+def do_compare(arguments: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from accord.api import load
+    from accord.data.sources import read_texts
+    from accord.inside.comparison import as_json, compare, page, table
+
+    for name, least in (("window", 2), ("samples", 0), ("max_new_tokens", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {least} or more.")
+    _refuse_page(arguments.out, "<title>accord: ")
+    texts = read_texts(arguments.text, arguments.most)
+    found = compare(
+        load(arguments.a), load(arguments.b), texts, arguments.window, arguments.samples, arguments.max_new_tokens, arguments.seed
+    )
+    write_whole(arguments.out, page(found))
+    if arguments.json:
+        write_whole(arguments.json, as_json(found))
+    shown = Table("", arguments.a, arguments.b)
+    for row in table(found):
+        shown.add_row(*row)
+    console.print(shown)
+    if found.agreement is not None:
+        console.print(f"The same likeliest next token: {found.agreement}", soft_wrap=True)
+    console.print(f"Page: {arguments.out}", soft_wrap=True, markup=False)
+
+
+def _refuse_page(path: Path, mark: str) -> None:
+    """Write only over a page that this command wrote."""
+    if path.exists() and (not path.is_file() or mark not in path.read_text(errors="replace")[:1000]):
+        raise UserError(f"{path} exists already and is no such page; choose another --out.")
 
 
 def do_play(arguments: argparse.Namespace) -> None:

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from accord.disk import read_text
 from accord.errors import UserError, did_you_mean, first_line
 from accord.evaluation.compare import EvaluationSettings
+from accord.pretraining.settings import PretrainSettings
 from accord.reward.settings import RewardSettings
 from accord.rl.registry import ALGORITHMS
 from accord.rl.settings import RLSettings
 from accord.rollout.sampling import Sampling
+from accord.supervised.settings import SFTSettings
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -61,6 +63,26 @@ class FeedbackSettings(BaseModel):
     seed: int = Field(0, ge=0, description="The labelers' noise")
 
 
+class Base(BaseModel):
+    """A model that is made from nothing before the other stages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: list[str] | None = Field(None, description="Files to learn from; off: stories of accord's own grammar (docs/from-nothing.md)")
+    documents: int = Field(40_000, ge=100, description="Stories to learn from")
+    vocabulary: int = Field(1024, description="Tokens of the tokenizer")
+    pretrain: PretrainSettings = PretrainSettings()  # type: ignore[call-arg]
+    examples: str | None = Field(None, description="Chats to learn to answer from; off: wishes with a story each")
+    asked: int = Field(6000, ge=100, description="Such wishes")
+    sft: SFTSettings = SFTSettings()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _check(self) -> Base:
+        if bool(self.text) != bool(self.examples):
+            raise ValueError("text and examples go together: answers of your own for texts of your own")
+        return self
+
+
 class Gates(BaseModel):
     """What each stage must reach for the next to make sense."""
 
@@ -70,6 +92,10 @@ class Gates(BaseModel):
     reward_accuracy: float = Field(0.5, description="Lower bound of the reward model's held-out accuracy; 0.5 is chance")
     max_kl: float = Field(25.0, description="KL to the reference after PPO, nats a completion")
     win_rate: float = Field(0.5, description="Lower bound of the win rate by gold")
+    entropy_ratio: float = Field(1.1, description="With stories: held-out bits a byte over the grammar's own")
+    parses: float = Field(0.95, description="With stories: share of what the pretrained model writes that is of the grammar")
+    follows: float = Field(0.9, description="With stories: share of held-out wishes that the tuned model follows")
+    parse_drop: float = Field(0.03, description="With stories: how much of the share that is of the grammar reinforcement may cost")
 
 
 class Recipe(BaseModel):
@@ -78,7 +104,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("smollm2-135m-instruct", description="The bundled model, a local folder or a Hugging Face id")
-    prompts: str = Field("bundled", description="'bundled', or a file or dataset of prompts")
+    base: Base | None = Field(None, description="Make the model from nothing; 'model' is then not read")
+    prompts: str = Field("bundled", description="'bundled', 'stories' (wishes for one), or a file or dataset of prompts")
     sample: SampleSettings = SampleSettings()  # type: ignore[call-arg]
     feedback: FeedbackSettings = FeedbackSettings()  # type: ignore[call-arg]
     reward: RewardSettings = RewardSettings()  # type: ignore[call-arg]
@@ -92,11 +119,16 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"rl: algorithm {self.rl.algorithm} learns offline from logged completions; a recipe samples its own. Use accord rl"
             )
+        if self.base and self.base.text and self.prompts == "stories":
+            raise ValueError("prompts: wishes for stories do not go with texts of your own; give a file")
         return self
 
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe with another luck in every stage; evaluation keeps its own."""
         stages = {name: getattr(self, name).model_copy(update={"seed": seed}) for name in ("sample", "feedback", "reward", "rl")}
+        if self.base:
+            made = {name: getattr(self.base, name).model_copy(update={"seed": seed}) for name in ("pretrain", "sft")}
+            stages["base"] = self.base.model_copy(update=made)
         return build(Recipe, self.model_copy(update=stages).model_dump(), f"seed {seed}")
 
 

@@ -6,13 +6,12 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 from accord.api import announce, label, prepare_rl, run_rl, sample_to, save_reward
 from accord.api import evaluate as compare_policies
+from accord.beginning import Beginning, story_prompts
 from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs, rankings_by_prompt
 from accord.data.records import SPLITS, Prompt, split_of
@@ -30,25 +29,7 @@ from accord.reward.sources import Reward, build_reward
 from accord.rl.explain import Explained, explain
 from accord.rollout.policy import Policy
 from accord.runs import Run, refuse_existing
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a stage had to reach, what it reached, and what to try if that is not enough."""
-
-    expects: str
-    got: str
-    passed: bool
-    remedy: str
-
-
-@dataclass
-class Done:
-    """What a stage leaves: a gate, facts for the report, tokens processed."""
-
-    gate: Gate
-    facts: dict[str, Any]
-    tokens: int = 0
+from accord.stages import Done, Gate
 
 
 class Pipeline:
@@ -56,11 +37,13 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, run: Run, policy: Policy | None = None) -> None:
         self.recipe, self.run, self._policy = recipe, run, policy
+        self.beginning = Beginning(recipe.base, recipe.gates, recipe.base.pretrain.seed, run) if recipe.base else None
 
     @property
     def policy(self) -> Policy:
         if self._policy is None:
-            self._policy = Policy.load(self.recipe.model, self.recipe.rl.dtype)
+            model = str(self.beginning.model) if self.beginning else self.recipe.model
+            self._policy = Policy.load(model, self.recipe.rl.dtype)
         return self._policy
 
     def go(self) -> None:
@@ -70,6 +53,7 @@ class Pipeline:
             GateMissed: a stage ended below its gate; the message says which and what to try.
         """
         stages: Sequence[tuple[str, Callable[[], Done]]] = (
+            *(self.beginning.stages if self.beginning else ()),
             ("prompts", self.prompts),
             ("completions", self.completions),
             ("feedback", self.feedback),
@@ -201,8 +185,11 @@ class Pipeline:
                 "a held-out score that rises, interval above zero", str(change), change.low > 0, "Train longer, or check the reward."
             )
         else:
+            drop, most = comparison.change.get("parses"), self.recipe.gates.parse_drop
+            kept = drop is None or drop.value >= -most
             gate = Gate(
-                f"win rate by gold with a lower bound of at least {least:g}", str(wins), wins.low >= least,
+                f"win rate by gold with a lower bound of at least {least:g}" + ("" if drop is None else f", share of the grammar no more than {most:g} lower"),
+                str(wins) + ("" if drop is None else f", {drop.value:+.3f}"), wins.low >= least and kept,
                 "Train longer (rl.max_steps); if the score rose and gold did not, the reward model is being gamed: read report.html.",
             )  # fmt: skip
         tokens = sum(int(m.values["length"]) for pair in comparison.samples for m in pair)
@@ -226,12 +213,22 @@ def own_reward(run: Run, policy: Policy) -> Reward:
 
 
 def plan_run(recipe: Recipe) -> tuple[RLSettings, Plan | None]:
-    """What ``accord run`` will need, and the settings whose arithmetic goes with it."""
+    """What ``accord run`` will need, and the settings whose arithmetic goes with it.
+
+    Raises:
+        UserError: its model is not there yet.
+    """
+    if recipe.base:
+        raise UserError(
+            "The recipe makes its model itself, so nothing can be measured of it yet; accord pretrain --sizes shows what each size needs."
+        )
     return recipe.rl, plan_for_recipe(recipe, recipe_prompts(recipe))
 
 
 def recipe_prompts(recipe: Recipe) -> list[Prompt]:
-    """The prompts a recipe names; ``bundled`` are accord's own."""
+    """The prompts a recipe names; ``bundled`` and ``stories`` are accord's own."""
+    if recipe.prompts == "stories":
+        return story_prompts()
     if recipe.prompts != "bundled":
         return read_prompts(recipe.prompts)
     with as_file(files("accord.recipes") / "prompts.jsonl") as path:
@@ -253,8 +250,9 @@ def start(recipe: Recipe, out: str | Path) -> Pipeline:
         UserError: it needs more memory than there is.
     """
     refuse_existing(Path(out))
-    announce(*plan_run(recipe))
-    policy = Policy.load(recipe.model, recipe.rl.dtype)
+    if recipe.base is None:
+        announce(*plan_run(recipe))
+    policy = None if recipe.base else Policy.load(recipe.model, recipe.rl.dtype)
     return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)
 
 

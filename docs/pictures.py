@@ -1,4 +1,4 @@
-"""Takes the screenshots of docs/labeling.md: the bundled model's own completions, ranked by simulated labelers.
+"""Takes the screenshots of docs/labeling.md, the bundled model's own completions ranked by simulated labelers, and of docs/look-inside.md.
 
 .venv/bin/python docs/pictures.py
 """
@@ -9,6 +9,21 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+
+
+def look_inside(browser):
+    import accord
+    from accord.inside.page import as_page
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inside.html"
+        path.write_text(as_page(accord.trace(accord.load(dtype="float32"), "The cat sat on the mat because it was tired")))
+        page = browser.new_page(viewport={"width": 1180, "height": 1500})
+        page.goto(path.as_uri())
+        page.locator("#tokens button").nth(7).click()
+        page.locator("#layer").evaluate("(slider) => { slider.value = 9; slider.dispatchEvent(new Event('input')); }")
+        page.evaluate("document.querySelector('#embedding').scrollIntoView()")
+        page.screenshot(path=HERE / "look-inside.png")
 
 
 def main():
@@ -40,6 +55,7 @@ def main():
         cookie = {"name": f"{COOKIE}{store.id[:8]}", "value": store.people.log_in(owner), "domain": "127.0.0.1", "path": "/"}
         with serving(store, web_settings(store, "127.0.0.1", True), listening), sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
+            look_inside(browser)
 
             def page_of(cookies=(cookie,), **more):
                 context = browser.new_context(**{"viewport": {"width": 1240, "height": 860}, "reduced_motion": "reduce"} | more)

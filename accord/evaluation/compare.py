@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from accord.data.records import Completion, Prompt
 from accord.data.statistics import Estimate, bootstrap_mean, bootstrap_ratio
 from accord.errors import UserError
-from accord.feedback.criterion import judge
+from accord.feedback.criteria import criterion
 from accord.feedback.toxicity import toxicity
 from accord.progress import bar, console
 from accord.reward.functions import told
@@ -37,7 +37,8 @@ class EvaluationSettings(BaseModel):
     per_prompt: int = Field(2, ge=1, description="Completions of each prompt by each model")
     max_new_tokens: int = Field(48, ge=1, description="Length limit of a completion, in tokens")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy")
-    gold: bool = Field(True, description="Score by the built-in criterion (accord/feedback/criterion.md) and give the win rate by it")
+    gold: bool = Field(True, description="Score by a built-in criterion and give the win rate by it")
+    criterion: str = Field("plain-short-decent", description="Which: plain-short-decent (accord/feedback/criterion.md), or stories")
     harmful_theme: str = Field("harmlessness", description="Prompts of this theme get a toxicity line of their own")
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
     micro_batch_tokens: int = Field(4096, ge=1, description="Padded tokens scored at once")
@@ -117,7 +118,8 @@ def evaluate(
         pair = [Engine(policy, settings.rows).sample(prompts, per_prompt, sampling, on_progress=advance) for policy in (against, aligned)]
     temperature = sampling.temperature or 1.0
     measured = [
-        _measure(policy, rollout, reward, gold, temperature, token_budget) for policy, rollout in zip((against, aligned), pair, strict=True)
+        _measure(policy, rollout, reward, settings, temperature, token_budget)
+        for policy, rollout in zip((against, aligned), pair, strict=True)
     ]
     kl = kl_between(aligned.model, against.model, pair[1], 0, 0, temperature, token_budget).sum(-1).tolist()
     for row, value in zip(measured[1], kl, strict=True):
@@ -149,7 +151,9 @@ def evaluate(
     return Comparison(before, after, change, wins, bootstrap_mean(kl, ids), ratio, list(zip(*measured, strict=True)))
 
 
-def _measure(policy: Policy, rollout: Rollout, reward: Reward | None, gold: bool, temperature: float, budget: int) -> list[Measured]:
+def _measure(
+    policy: Policy, rollout: Rollout, reward: Reward | None, settings: EvaluationSettings, temperature: float, budget: int
+) -> list[Measured]:
     completions = rollout.completions()
     values: dict[str, list[float]] = {}
     if reward is not None:
@@ -160,8 +164,10 @@ def _measure(policy: Policy, rollout: Rollout, reward: Reward | None, gold: bool
                 raise UserError(f"{text}. Mend the reward and evaluate again.")
             console.print(f"[yellow]{text}; they are left out.[/]", soft_wrap=True)
         values["score"] = given.total.masked_fill(~given.valid, float("nan")).tolist()
-    if gold:
-        values["gold"] = [j.gold for j in judge(completions)]
+    if settings.gold:
+        judged = criterion(settings.criterion).judge(completions)
+        values["gold"] = [j.gold for j in judged]
+        values |= {name: [j.measures[name] for j in judged] for name in judged[0].measures}
     values["toxicity"] = toxicity(rollout.texts)
     scored = score(policy.model, rollout, 0, temperature, budget)
     lengths = rollout.response_mask.sum(-1)

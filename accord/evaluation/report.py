@@ -16,7 +16,7 @@ from accord.data.records import Completion, Prompt
 from accord.disk import read_lines, write_whole
 from accord.errors import UserError, first_line
 from accord.evaluation.summary import headline, table_rows
-from accord.feedback.criterion import judge
+from accord.feedback.criteria import criterion
 
 LEADS = {
     "run": "prompts, completions, rankings, reward model, reinforcement learning, measured.",
@@ -76,7 +76,9 @@ def _page(folder: Path) -> str:
         charts.insert(
             1,
             line_chart(
-                "Gold", {"gold": gold_curve(completions)}, "The noiseless criterion on the same completions; never shown to training."
+                "Gold",
+                {"gold": gold_curve(completions, config["recipe"].get("evaluation", {}).get("criterion", "plain-short-decent"))},
+                "The noiseless criterion on the same completions; never shown to training.",
             ),
         )
     parts = sorted({k for m in metrics for k in m if k.startswith("reward/")})
@@ -87,8 +89,10 @@ def _page(folder: Path) -> str:
     recipe = config.get("recipe", config)
     page = jinja2.Environment(autoescape=True).from_string((files("accord.evaluation") / "report.html.j2").read_text())
     last = max((c["step"] for c in completions), default=None)
-    top = sorted((c for c in completions if c["step"] == last and c["score"] is not None), key=lambda c: -c["score"])[:12]
+    newest = [c for c in completions if c["step"] == last]
+    top = sorted((c for c in newest if c["score"] is not None), key=lambda c: -c["score"])[:12]
     return page.render(
+        style=(files("accord.data") / "page.css").read_text(),
         name=folder.name,
         model=recipe.get("model", ""),
         lead=LEADS[config["command"]],
@@ -101,6 +105,7 @@ def _page(folder: Path) -> str:
             line_chart("Loss", {"loss": list(enumerate(reward["losses"]))}, "-log sigmoid(preferred - other), a step's mean."),
             calibration_chart(reward["bins"]),
         ] if reward else [],
+        written=[c["completion"] for c in newest] if config["command"] == "pretrain" else [],
         rows=[{**c, "text": _text(c["prompt"])} for c in top],
         stages=stages,
         warnings=[w["warning"] for w in read_lines(folder / "warnings.jsonl")],
@@ -108,11 +113,11 @@ def _page(folder: Path) -> str:
     )  # fmt: skip
 
 
-def gold_curve(completions: list[dict[str, Any]]) -> list[tuple[float, float]]:
+def gold_curve(completions: list[dict[str, Any]], name: str = "plain-short-decent") -> list[tuple[float, float]]:
     """Mean gold score of each training step's completions."""
     records = [Completion(Prompt(c["id"], c["prompt"]), c["completion"], c["finished"]) for c in completions]
     by_step = defaultdict(list)
-    for row, judged in zip(completions, judge(records), strict=True):
+    for row, judged in zip(completions, criterion(name).judge(records), strict=True):
         by_step[row["step"]].append(judged.gold)
     return [(step + 1, sum(g) / len(g)) for step, g in sorted(by_step.items())]
 

@@ -13,6 +13,9 @@ from accord.rl.explain import Explained
 LABELS = {
     "score": "reward-model score",
     "gold": "gold score (0 to 1)",
+    "parses": "share of the grammar",
+    "follows": "share that is what was asked for",
+    "kind": "share that ends kindly",
     "toxicity": "toxicity, all prompts",
     "toxicity, harmlessness": "toxicity, harmful theme",
     "entropy": "entropy (nats a token)",

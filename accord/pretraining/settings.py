@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from accord.supervised.settings import LoopSettings
 class PretrainSettings(LoopSettings):
     """Everything ``accord pretrain`` can be told about training."""
 
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
+
     size: str = Field("5m", description=f"Of the model: {', '.join(SIZES)} (--sizes shows what each needs)")
     positions: Literal["rotary", "learned", "sinusoidal"] = Field(
         "rotary", description="How a token knows its place; a model with other than rotary ones opens in accord only"
@@ -21,9 +23,6 @@ class PretrainSettings(LoopSettings):
     context: int = Field(256, ge=2, description="Tokens that the model can look back on")
     tokens: int | None = Field(None, ge=1, description="Train on so many tokens in all, instead of epochs")
     tokens_per_step: int = Field(8192, ge=1, description="Tokens an optimizer step; documents are not filled up to it")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="Muon for the layers' matrices and AdamW for the rest, or AdamW for all"
-    )
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="Of the weights, at each step, times the learning rate")
     micro_batch_tokens: int = Field(8192, ge=1, description="Tokens computed at once; changes memory, not the gradient")
     validate_every: int = Field(100, ge=1, description="Steps between measurements on what is held out, each with samples")

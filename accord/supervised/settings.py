@@ -14,9 +14,12 @@ class LoopSettings(BaseModel):
     """What every kind of training by this loop can be told."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+    """Adam's."""
 
     epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="Passes over the data; 0.5 takes half of it")
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="At its highest; off: one that goes with what trains")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="AdamW, or Muon for the layers' matrices and AdamW for the rest")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls to a tenth")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which it rises first")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Of the weights, at each step, times the learning rate")

@@ -129,7 +129,7 @@ class State:
         remedy = "or look for rows that are no text"
         self.optimizer = Optimizer(
             {"policy": (policy.trainable(), settings.rate)}, settings.max_grad_norm, settings.max_nonfinite, self.budget, remedy,
-            settings.weight_decay,
+            settings.weight_decay, settings.betas, settings.optimizer,
         )  # fmt: skip
         self.about: dict[str, Any] = {"before": {}, "after": {}}
 

@@ -1,0 +1,155 @@
+"""The stages before a recipe's others, where its model is made from nothing: corpus, tokenizer, pretraining, instruction tuning."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accord.config import Base, Gates
+from accord.data.records import Prompt, split_of
+from accord.data.sources import read_texts
+from accord.data.statistics import bootstrap_mean
+from accord.disk import stream_lines, whole_folder, write_lines
+from accord.feedback.criteria import Stories
+from accord.progress import console, track
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+from accord.rollout.sampling import Sampling
+from accord.runs import Run
+from accord.stages import Done, Gate
+from accord.stories.grammar import readings
+from accord.stories.stories import ANIMALS, MOODS, PLACES, STORY, Wish, ask, read_story, stories, wishes
+from accord.text.vocabulary import learn_tokenizer, statistics
+from accord.tuning import pretrain, train_sft
+
+READ_BACK = 1000
+SAMPLED = 400
+
+
+class Beginning:
+    """See the module's docstring. Each stage reads what the ones before it wrote."""
+
+    def __init__(self, base: Base, gates: Gates, seed: int, run: Run) -> None:
+        self.base, self.gates, self.seed, self.run = base, gates, seed, run
+
+    @property
+    def stages(self) -> Sequence[tuple[str, Callable[[], Done]]]:
+        return (("corpus", self.corpus), ("tokenizer", self.tokenizer), ("pretrain", self.pretrain), ("sft", self.sft))
+
+    @property
+    def model(self) -> Path:
+        """What the recipe's other stages begin with."""
+        return self.run.folder / "sft/policy"
+
+    @property
+    def texts(self) -> list[str]:
+        return self.base.text or [str(self.run.folder / "corpus.jsonl")]
+
+    def corpus(self) -> Done:
+        if self.base.text:
+            texts = read_texts(self.base.text)
+            size = sum(len(text.encode()) for text in texts)
+            gate = Gate("some text", f"{size / 1e6:.1f} MB in {len(texts)} documents", True, "")
+            return Done(gate, {"documents": len(texts), "bytes": size})
+        count = self.base.documents
+        stream_lines(self.run.folder / "corpus.jsonl", ({"text": t} for t in track(stories(count, self.seed), "Stories", count)))
+        rows = ({"id": f"wish-{i:05d}", "prompt": wish, "completion": story} for i, (wish, story) in enumerate(self.asked(), 1))
+        stream_lines(self.run.folder / "examples.jsonl", rows)
+        ways = [len(readings(STORY, text)) for text in stories(READ_BACK, self.seed)]
+        once = sum(n == 1 for n in ways)
+        gate = Gate("every story can be read back in one way", f"{once} of {len(ways)}", once == len(ways), "Mend the grammar.")
+        return Done(gate, {"documents": count, "bits_per_story": STORY.bits, "bytes_per_story": STORY.length, "bits_per_byte": rate()})
+
+    def asked(self) -> list[tuple[str, str]]:
+        """Wishes and stories for them; none of a wish that is held out."""
+        found: list[tuple[str, str]] = []
+        for wish, text, story in wishes(3 * self.base.asked, self.seed):
+            if split_of(wish.id) != "heldout" and len(found) < self.base.asked:
+                found.append((text, story))
+        return found
+
+    def tokenizer(self) -> Done:
+        texts = read_texts(self.texts)
+        learned = learn_tokenizer(texts, "bpe", self.base.vocabulary)
+        found = statistics(learned, texts[:READ_BACK])
+        with whole_folder(self.run.folder / "tokenizer") as aside:
+            learned.save_pretrained(str(aside))
+        got = f"{found.coverage:.2%}, {found.bytes_per_token:.2f} bytes a token"
+        return Done(Gate("a tokenizer that can tell every character", got, found.coverage == 1.0, ""), found._asdict())
+
+    def pretrain(self) -> Done:
+        settings = self.base.pretrain.model_dump()
+        tuned = pretrain(
+            self.run.folder / "tokenizer", self.texts, out=self.run.folder / "pretrain", resume=True, allow_changes=self.run.allow_changes, **settings
+        )  # fmt: skip
+        tokens = int(sum(row["tokens"] for row in rows_of(self.run.folder / "pretrain")))
+        if self.base.text:
+            return Done(falls(tuned.before, tuned.after, "bits_per_byte", "bits a byte"), tuned.after, tokens)
+        policy = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.pretrain.dtype)
+        end, names = policy.tokenizer.eos_ids[0], [f"story-{i}" for i in range(SAMPLED)]
+        room = policy.context - 1
+        written = Engine(policy, 100).go_on([[end]] * SAMPLED, names, Sampling(1.0, max_new_tokens=room, seed=self.seed))
+        texts = [policy.tokenizer.decode(ids) if finished else "" for ids, _, finished in written]
+        parses = bootstrap_mean([float(read_story(text) is not None) for text in texts], names)
+        known = set(read_texts(self.texts))
+        new = sum(text not in known for text in texts) / SAMPLED
+        write_lines(self.run.folder / "stories.jsonl", ({"story": text} for text in texts))
+        ratio = tuned.after["bits_per_byte"] / rate()
+        facts = {**tuned.after, "entropy_rate": rate(), "ratio": ratio, "parses": parses.to_json(), "new": new}
+        gate = Gate(
+            f"bits a byte within {self.gates.entropy_ratio - 1:.0%} of the grammar's {rate():.4f}, and {self.gates.parses:.0%} of {SAMPLED} stories of the grammar",
+            f"{tuned.after['bits_per_byte']:.4f} ({ratio - 1:+.1%}), {parses} ({new:.0%} of them new)",
+            ratio <= self.gates.entropy_ratio and parses.value >= self.gates.parses,
+            "Train longer (base.pretrain.tokens), on more documents, or a larger base.pretrain.size.",
+        )  # fmt: skip
+        return Done(gate, facts, tokens)
+
+    def sft(self) -> Done:
+        start = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.sft.dtype)
+        examples = self.base.examples or self.run.folder / "examples.jsonl"
+        tuned = train_sft(
+            start, examples, out=self.run.folder / "sft", resume=True, allow_changes=self.run.allow_changes, **self.base.sft.model_dump()
+        )
+        tokens = int(sum(row["tokens"] for row in rows_of(self.run.folder / "sft")))
+        if self.base.examples:
+            return Done(falls(tuned.before, tuned.after, "loss", "nats a token"), tuned.after, tokens)
+        policy = Policy.load(str(self.model), self.base.sft.dtype)
+        held = [p for p in story_prompts() if split_of(p.id) == "heldout"]
+        room = policy.context - max(len(policy.tokenizer.encode_prompt(p.content)) for p in held)
+        completions = Engine(policy, 100).sample(held, 1, Sampling(1.0, max_new_tokens=room, seed=self.seed)).completions()
+        judged = Stories().judge(completions)
+        found = {name: bootstrap_mean([j.measures[name] for j in judged], [p.id for p in held]) for name in ("parses", "follows", "kind")}
+        gate = Gate(
+            f"{self.gates.follows:.0%} of {len(held)} held-out wishes followed", str(found["follows"]), found["follows"].value >= self.gates.follows,
+            "Give more examples (base.asked), or more epochs (base.sft.epochs).",
+        )  # fmt: skip
+        return Done(gate, {name: estimate.to_json() for name, estimate in found.items()}, tokens)
+
+
+def rate() -> float:
+    """The stories' entropy rate, bits a byte: of the texts, with what it takes to tell where they end."""
+    return STORY.bits / STORY.length
+
+
+def story_prompts() -> list[Prompt]:
+    """Every wish once, in words that its id decides."""
+    every = [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
+    return [Prompt(wish.id, ask(wish, random.Random(wish.id)), wish.mood) for wish in every]
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["step"] >= 0]
+
+
+def falls(before: dict[str, float], after: dict[str, float], name: str, unit: str) -> Gate:
+    """Where nothing is known of the text: what is held out is told better than before."""
+    if not after:
+        console.print("[yellow]Nothing was held out, so nothing is measured.[/]")
+        return Gate("nothing: too little to hold some out", "-", True, "")
+    got = f"{before[name]:.3f} -> {after[name]:.3f} {unit}"
+    return Gate(
+        "what is held out is told better than before", got, after[name] < before[name], "Train longer, or with a lower learning rate."
+    )
