@@ -69,7 +69,7 @@ class Base(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: list[str] | None = Field(None, description="Files to learn from; off: stories of accord's own grammar (docs/from-nothing.md)")
-    documents: int = Field(40_000, ge=100, description="Stories to learn from")
+    documents: int = Field(60_000, ge=100, description="Stories to learn from")
     vocabulary: int = Field(1024, description="Tokens of the tokenizer")
     pretrain: PretrainSettings = PretrainSettings()  # type: ignore[call-arg]
     examples: str | None = Field(None, description="Chats to learn to answer from; off: wishes with a story each")
