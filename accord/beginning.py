@@ -22,7 +22,7 @@ from accord.stages import Done, Gate
 from accord.stories.grammar import readings
 from accord.stories.stories import ANIMALS, MOODS, PLACES, STORY, Wish, ask, read_story, stories, wishes
 from accord.text.vocabulary import learn_tokenizer, statistics
-from accord.tuning import pretrain, train_sft
+from accord.tuning import carry_out, folder_of, prepare, train_sft
 
 READ_BACK = 1000
 SAMPLED = 400
@@ -80,10 +80,11 @@ class Beginning:
         return Done(Gate("a tokenizer that can tell every character", got, found.coverage == 1.0, ""), found._asdict())
 
     def pretrain(self) -> Done:
-        settings = self.base.pretrain.model_dump()
-        tuned = pretrain(
-            self.run.folder / "tokenizer", self.texts, out=self.run.folder / "pretrain", resume=True, allow_changes=self.run.allow_changes, **settings
-        )  # fmt: skip
+        folder, resume = folder_of("pretrain", self.run.folder / "pretrain", True)
+        text, settings = self.base.text or ["../corpus.jsonl"], self.base.pretrain.model_dump()
+        config = {"command": "pretrain", "tokenizer": "../tokenizer", "text": text, "pretrain": settings}
+        found = {**config, "tokenizer": str(self.run.folder / "tokenizer"), "text": self.texts}  # where they are may change
+        tuned = carry_out(folder, config, prepare(found, "pretrain"), resume, self.run.allow_changes)
         tokens = int(sum(row["tokens"] for row in rows_of(self.run.folder / "pretrain")))
         if self.base.text:
             return Done(falls(tuned.before, tuned.after, "bits_per_byte", "bits a byte"), tuned.after, tokens)
@@ -93,8 +94,8 @@ class Beginning:
         written = Engine(policy, 100).go_on([[end]] * SAMPLED, names, Sampling(1.0, max_new_tokens=room, seed=self.seed))
         texts = [policy.tokenizer.decode(ids) if finished else "" for ids, _, finished in written]
         parses = bootstrap_mean([float(read_story(text) is not None) for text in texts], names)
-        known = set(read_texts(self.texts))
-        new = sum(text not in known for text in texts) / SAMPLED
+        known, whole = set(read_texts(self.texts)), [text for text in texts if read_story(text)]
+        new = sum(text not in known for text in whole) / max(1, len(whole))
         write_lines(self.run.folder / "stories.jsonl", ({"story": text} for text in texts))
         ratio = tuned.after["bits_per_byte"] / rate()
         facts = {**tuned.after, "entropy_rate": rate(), "ratio": ratio, "parses": parses.to_json(), "new": new}
@@ -102,12 +103,13 @@ class Beginning:
             f"bits a byte within {self.gates.entropy_ratio - 1:.0%} of the grammar's {rate():.4f}, and {self.gates.parses:.0%} of {SAMPLED} stories of the grammar",
             f"{tuned.after['bits_per_byte']:.4f} ({ratio - 1:+.1%}), {parses} ({new:.0%} of them new)",
             ratio <= self.gates.entropy_ratio and parses.value >= self.gates.parses,
-            "Train longer (base.pretrain.tokens), on more documents, or a larger base.pretrain.size.",
+            "In a new run, train on more (base.documents, base.pretrain.epochs) or a larger base.pretrain.size.",
         )  # fmt: skip
         return Done(gate, facts, tokens)
 
     def sft(self) -> Done:
         start = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.sft.dtype)
+        start.source = "../pretrain/policy"  # where it is may change
         examples = self.base.examples or self.run.folder / "examples.jsonl"
         tuned = train_sft(
             start, examples, out=self.run.folder / "sft", resume=True, allow_changes=self.run.allow_changes, **self.base.sft.model_dump()
@@ -123,7 +125,7 @@ class Beginning:
         found = {name: bootstrap_mean([j.measures[name] for j in judged], [p.id for p in held]) for name in ("parses", "follows", "kind")}
         gate = Gate(
             f"{self.gates.follows:.0%} of {len(held)} held-out wishes followed", str(found["follows"]), found["follows"].value >= self.gates.follows,
-            "Give more examples (base.asked), or more epochs (base.sft.epochs).",
+            "In a new run, give more examples (base.asked), or more epochs (base.sft.epochs).",
         )  # fmt: skip
         return Done(gate, {name: estimate.to_json() for name, estimate in found.items()}, tokens)
 
@@ -149,7 +151,12 @@ def falls(before: dict[str, float], after: dict[str, float], name: str, unit: st
     if not after:
         console.print("[yellow]Nothing was held out, so nothing is measured.[/]")
         return Gate("nothing: too little to hold some out", "-", True, "")
+    if not before:  # the run has gone on with other held-out texts
+        return Gate("nothing: what is held out has changed", f"{after[name]:.3f} {unit}", True, "")
     got = f"{before[name]:.3f} -> {after[name]:.3f} {unit}"
     return Gate(
-        "what is held out is told better than before", got, after[name] < before[name], "Train longer, or with a lower learning rate."
+        "what is held out is told better than before",
+        got,
+        after[name] < before[name],
+        "In a new run, train longer, or with a lower learning rate.",
     )

@@ -714,7 +714,8 @@ MEASURES = {
 def _after_tuning(folder: Path, command: str, tuned: Tuned) -> None:
     for name, text in MEASURES.items():
         if name in tuned.after:
-            console.print(text.format(f"{tuned.before[name]:.3f} -> {tuned.after[name]:.3f}") + ".", soft_wrap=True)
+            before = f"{tuned.before[name]:.3f} -> " if name in tuned.before else ""
+            console.print(text.format(f"{before}{tuned.after[name]:.3f}") + ".", soft_wrap=True)
     use = f'accord look-inside {folder / "policy"} "Once"' if command == "pretrain" else f"accord chat --model {folder / 'policy'}"
     console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'policy'}   (try: {use})", soft_wrap=True)
 
@@ -821,7 +822,7 @@ def do_compare(arguments: argparse.Namespace) -> None:
     for name, least in (("window", 2), ("samples", 0), ("max_new_tokens", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {least} or more.")
-    _refuse_page(arguments.out, "<title>accord: ")
+    _refuse_page(arguments.out, "<title>accord compare: ")
     texts = read_texts(arguments.text, arguments.most)
     found = compare(
         load(arguments.a), load(arguments.b), texts, arguments.window, arguments.samples, arguments.max_new_tokens, arguments.seed
@@ -907,9 +908,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Interrupted as stopped:
         folder = getattr(arguments, "run", None) or getattr(arguments, "out", None)
+        begun = folder is not None and (Path(folder) / "config.yaml").is_file()
         hint = (
             f" Go on with: accord resume {folder}"
-            if arguments.command in ("demo", "run", "rl", "sft", "prefer", "pretrain", "resume")
+            if begun and arguments.command in ("demo", "run", "rl", "sft", "prefer", "pretrain", "resume")
             else " Run the same command again to go on."
         )
         console.print(f"[yellow]{stopped}[/]{hint if folder else ''}", soft_wrap=True)

@@ -59,7 +59,7 @@ class FeedbackSettings(BaseModel):
     accounts: bool = Field(False, description="People come by invitation and log in")
     host: str = Field("127.0.0.1", description="Address of the page; one that others can reach needs accounts")
     port: int = Field(8000, ge=0, le=65535, description="Port of the page; 0 takes a free one")
-    panel: str = Field("hhh", description="Which simulated panel")
+    panel: typing.Literal["hhh", "stories"] = Field("hhh", description="Which simulated panel")
     seed: int = Field(0, ge=0, description="The labelers' noise")
 
 

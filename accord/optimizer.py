@@ -12,6 +12,9 @@ from accord.checkpoints import under
 from accord.errors import Diverged, UserError
 from accord.nn.budget import TokenBudget
 
+LOOKED_UP = ("embed", "wte", "wpe", "lm_head")
+"""In the names of matrices whose rows are looked up, or are: of those of tokens and places. Muon leaves them to AdamW."""
+
 
 class Optimizer:
     """AdamW, or Muon, over named groups of parameters, each with its own learning rate and gradient norm.
@@ -48,7 +51,10 @@ class Optimizer:
         self._named = {name: dict(parameters) for name, (parameters, _) in groups.items()}
         self._rates = {name: rate for name, (_, rate) in groups.items()}
         turned = {
-            id(p) for named in self._named.values() for name, p in named.items() if kind == "muon" and ".layers." in name and p.ndim == 2
+            id(p)
+            for named in self._named.values()
+            for name, p in named.items()
+            if kind == "muon" and p.ndim == 2 and not any(word in name for word in LOOKED_UP)
         }
         sort = lambda is_turned: [
             {"params": some, "name": group}

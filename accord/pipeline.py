@@ -15,7 +15,7 @@ from accord.beginning import Beginning, story_prompts
 from accord.config import Recipe, RLSettings, build
 from accord.data.pairs import group_pairs, grouped_pairs, rankings_by_prompt
 from accord.data.records import SPLITS, Prompt, split_of
-from accord.data.sources import read_completions, read_prompts, read_rankings
+from accord.data.sources import read_completions, read_examples, read_prompts, read_rankings, text_files
 from accord.disk import write_lines, write_whole
 from accord.errors import GateMissed, UserError
 from accord.evaluation.compare import Comparison, first_by_id
@@ -252,6 +252,11 @@ def start(recipe: Recipe, out: str | Path) -> Pipeline:
     refuse_existing(Path(out))
     if recipe.base is None:
         announce(*plan_run(recipe))
+    else:  # what is wrong with what it names is told now, not after an hour
+        recipe_prompts(recipe)
+        text_files(recipe.base.text or [])
+        if recipe.base.examples:
+            read_examples(recipe.base.examples)
     policy = None if recipe.base else Policy.load(recipe.model, recipe.rl.dtype)
     return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)
 

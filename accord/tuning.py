@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,12 +136,12 @@ def pretrain(
         UserError: there is no text, the folder exists, or the run was started with something else.
     """
     s = build(PretrainSettings, settings, "pretrain")
-    folder, resume = _folder("pretrain", out, resume)
+    folder, resume = folder_of("pretrain", out, resume)
     config = {
         "command": "pretrain", "tokenizer": str(tokenizer), "text": list(map(str, text)), "validation": list(map(str, validation)),
         "most": most, "pretrain": s.model_dump(),
     }  # fmt: skip
-    return _go(folder, config, prepare(config, "pretrain"), resume, allow_changes)
+    return carry_out(folder, config, prepare(config, "pretrain"), resume, allow_changes)
 
 
 def _train(
@@ -155,13 +155,13 @@ def _train(
 ) -> Tuned:
     if settings.dtype != "auto" and resolve_dtype(settings.dtype) != policy.model.compute_dtype:
         raise UserError(f"The policy was loaded in another dtype than {settings.dtype}; give it to load(): accord.load(name, '{settings.dtype}').")  # fmt: skip
-    folder, resume = _folder(command, out, resume)
+    folder, resume = folder_of(command, out, resume)
     start = policy.frozen()
-    prepared = Prepared(settings, start, task(start))
-    return _go(folder, {"command": command, "model": policy.source, command: settings.model_dump()}, prepared, resume, allow_changes)
+    prepared = Prepared(settings, start, adapted(start, settings), task(start))
+    return carry_out(folder, {"command": command, "model": policy.source, command: settings.model_dump()}, prepared, resume, allow_changes)
 
 
-def _folder(command: str, out: str | Path | None, resume: bool) -> tuple[Path, bool]:
+def folder_of(command: str, out: str | Path | None, resume: bool) -> tuple[Path, bool]:
     """Where a run is, and whether it is there already."""
     if resume and out is None:
         raise UserError("resume goes on with the run in a folder; name it: out='runs/mine'.")
@@ -172,7 +172,8 @@ def _folder(command: str, out: str | Path | None, resume: bool) -> tuple[Path, b
     return folder, resume
 
 
-def _go(folder: Path, config: dict[str, Any], prepared: Prepared, resume: bool, allow_changes: bool) -> Tuned:
+def carry_out(folder: Path, config: dict[str, Any], prepared: Prepared, resume: bool, allow_changes: bool) -> Tuned:
+    """Run it, or go on with it. ``config``: what the folder's ``config.yaml`` says."""
     run = Run.go_on(folder, config, allow_changes) if resume else Run.create(folder, config)
     try:
         return finish(run, prepared)
@@ -210,9 +211,15 @@ def split_rows(rows: Sequence[Row], name: Callable[[Row], str], least: int) -> t
 
 @dataclass
 class Prepared:
-    """Everything a run needs, opened and checked before its folder exists. ``policy``: where it starts."""
+    """Everything a run needs, opened and checked before its folder exists.
+
+    Attributes:
+        start: what the run begins with, and the reference.
+        policy: what trains.
+    """
 
     settings: LoopSettings
+    start: Policy
     policy: Policy
     task: Task
 
@@ -231,12 +238,12 @@ def prepare(config: Mapping[str, Any], where: str) -> Prepared:
         examples = read_examples(config["examples"])
         held = read_examples(config["validation"]) if config.get("validation") else None
         policy = load(config["model"], settings.dtype)
-        return Prepared(settings, policy, imitation(policy, examples, held, settings))
+        return Prepared(settings, policy, adapted(policy, settings), imitation(policy, examples, held, settings))
     wanted = build(PreferenceSettings, config["prefer"], where)
     groups = Given(*map(config.get, Given._fields)).groups(wanted.fail_weight)
     held_groups = read_pairs(config["validation"]) if config.get("validation") else None
     policy = load(config["model"], wanted.dtype)
-    return Prepared(wanted, policy, preference(policy, groups, held_groups, wanted))
+    return Prepared(wanted, policy, adapted(policy, wanted), preference(policy, groups, held_groups, wanted))
 
 
 def _from_nothing(config: Mapping[str, Any], settings: PretrainSettings) -> Prepared:
@@ -256,7 +263,7 @@ def _from_nothing(config: Mapping[str, Any], settings: PretrainSettings) -> Prep
         f"{train.told / 1e6:.2f} M tokens ({train.bytes / train.told:.2f} bytes each); {task.steps} steps of {settings.tokens_per_step} tokens.",
         soft_wrap=True,
     )  # fmt: skip
-    return Prepared(settings, policy, task)
+    return Prepared(settings, policy, policy, task)
 
 
 def corpus(sources: Sequence[str], tokenizer: Tokenizer, most: int | None) -> Tokens:
@@ -265,7 +272,7 @@ def corpus(sources: Sequence[str], tokenizer: Tokenizer, most: int | None) -> To
     Raises:
         UserError: there is no text.
     """
-    about = [*map(str, sources), *map(file_digest, text_files(sources)), tokenizer.fingerprint, most]
+    about = [*map(str, sources), *map(file_digest, text_files(sources)), tokenizer.digest, most]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     return Tokens.of(iter_texts(sources, most), tokenizer, cache_folder() / f"tokens-{key}", key)
 
@@ -278,9 +285,10 @@ def adapted(start: Policy, settings: TuningSettings) -> Policy:
 
 def finish(run: Run, prepared: Prepared) -> Tuned:
     """Train, or go on training, and write policy and report."""
-    run.agree("inputs", {"model": sampled_fingerprint(prepared.policy.model), **prepared.task.digests}, "to read")
-    settings, policy = prepared.settings, prepared.policy
-    tuned = tune(adapted(policy, settings) if isinstance(settings, TuningSettings) else policy, prepared.task, settings, run)
+    run.agree("inputs", {"model": sampled_fingerprint(prepared.start.model), **prepared.task.digests}, "to read")
+    tuned = tune(prepared.policy, prepared.task, prepared.settings, run)
     tuned.policy.save(run.folder / "policy")
     write_report(run.folder)
+    if prepared.start is prepared.policy:  # a model from nothing: from here on it is what others start from
+        tuned.policy = replace(tuned.policy, model=tuned.policy.model.requires_grad_(False), adaptation="frozen")
     return tuned

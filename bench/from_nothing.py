@@ -39,7 +39,7 @@ def column(seed: int) -> dict[str, str]:
     return {
         "bits a byte, held out; the grammar's own": f"{pretrained['bits_per_byte']:.4f}; {pretrained['entropy_rate']:.4f} ({pretrained['ratio'] - 1:+.1%})",
         "pretrained: share of what it writes that is a story": interval(pretrained["parses"], 3),
-        "of these stories not in the corpus": f"{pretrained['new']:.1%}",
+        "of these stories, not in the corpus": f"{pretrained['new']:.1%}",
         "tuned: held-out wishes followed": interval(stages["sft"]["follows"], 3),
         "reward model, held-out accuracy": interval(stages["reward"]["accuracy"], 3),
         "PPO, held-out wishes: **ends kindly**": f"**{moved('kind')}**",

@@ -76,8 +76,10 @@ def test_stopped_in_pretraining_and_in_tuning_it_ends_the_same(tmp_path, monkeyp
         patch.setattr(State, "step", stop_at)
         assert main("run small.yaml --out cut".split()) == 130
         assert "accord resume cut" in capsys.readouterr().out
-        assert main("resume cut".split()) == 130
-        assert stages(tmp_path / "cut").keys() == {"corpus", "tokenizer", "pretrain"}
+        (tmp_path / "cut").rename(tmp_path / "moved")  # where it is is nothing of it
+        assert main(["resume", str(tmp_path / "moved")]) == 130
+        assert stages(tmp_path / "moved").keys() == {"corpus", "tokenizer", "pretrain"}
+        (tmp_path / "moved").rename(tmp_path / "cut")
         assert main("resume cut".split()) == 3
     for name in ("pretrain/policy/model.safetensors", "sft/policy/model.safetensors", "sft/metrics.jsonl", "corpus.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
@@ -100,6 +102,17 @@ def test_texts_of_ones_own(tmp_path, capsys):
     assert found["sft"]["gate"]["passed"] and found["pretrain"]["gate"]["expects"] == "what is held out is told better than before"
     assert found["corpus"]["facts"]["documents"] == 1
     capsys.readouterr()
+    for change, message in (
+        ({"prompts": "none.jsonl"}, "none.jsonl does not exist"),
+        ({"base": {**recipe["base"], "examples": "none.jsonl"}}, "none.jsonl does not exist"),
+        ({"base": {**recipe["base"], "text": ["none.txt"]}}, "none.txt does not exist"),
+        ({"base": {**recipe["base"], "pretrain": {"size": "7m"}}}, "Unknown size '7m'"),
+        ({"evaluation": {"criterion": "storys"}}, "criterion"),
+        ({"feedback": {"panel": "hhhh"}}, "panel"),
+    ):  # told at once, and no folder is left
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**recipe, **change}))
+        assert main("run bad.yaml --out x".split()) == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
     del recipe["base"]["examples"]
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe))
     assert main("run bad.yaml --out x".split()) == 2 and "text and examples go together" in capsys.readouterr().err

@@ -53,6 +53,14 @@ def test_models_that_transformers_computes(tmp_path):
     found = trace(policy, TEXT)
     theirs = policy.model.inner(torch.tensor([found.ids])).logits[0]
     torch.testing.assert_close(found.logits, theirs, rtol=1e-4, atol=1e-4)
+    seen = []
+    handle = policy.model.inner.transformer.h[0].register_forward_hook(
+        lambda *of: seen.append(of[2][0] if isinstance(of[2], tuple) else of[2])
+    )
+    policy.model.inner(torch.tensor([found.ids]))
+    handle.remove()
+    torch.testing.assert_close(found.layers[0].after, seen[0].reshape(11, -1), rtol=1e-4, atol=1e-4)
+    assert found.layers[1].after is None  # what transformers tells of the last layer is after the final norm
     assert found.layers[0].attention.shape == (4, 11, 11) and found.layers[0].attention.sum(-1).allclose(torch.ones(4, 11))
     assert "by transformers" in as_page(found)
 
@@ -207,15 +215,13 @@ def moved(folder, by):
 
 
 def test_two_models_against_plain_sums(tiny_folder):
-    """Perplexity, agreement and KL of all places, from transformers-shaped logits of each window alone."""
+    """Perplexity, agreement and KL of all places, from the logits of each window alone; windows share a token."""
     a, b = (moved(tiny_folder, by) for by in (0.0, 0.01))
     found = compare(a, b, TEXTS, window=16, samples=2, max_new_tokens=5)
     nats, same, kl, back, count, by_place = [0.0, 0.0], 0, 0.0, 0.0, 0, {}
     for ids in a.tokenizer.encode_texts(TEXTS):
-        for start in range(0, len(ids) - 1, 16):
+        for start in range(0, len(ids) - 1, 15):
             piece = torch.tensor([ids[start : start + 16]])
-            if piece.shape[1] < 2:
-                continue
             p, q = (policy.model(piece).log_softmax(-1)[0, :-1] for policy in (a, b))
             for side, logp in enumerate((p, q)):
                 nats[side] -= float(logp.gather(1, piece[0, 1:, None]).sum())
@@ -235,11 +241,21 @@ def test_two_models_against_plain_sums(tiny_folder):
     assert [mean for _, mean, _ in found.kl_by_position] == pytest.approx(
         [np.mean(by_place[k]) for k in sorted(by_place)], rel=1e-3, abs=1e-6
     )
-    untold = sum(len(range(0, len(t) - 1, 16)) for t in TEXTS if len(t) > 1)  # a byte a token here
-    assert found.a.bits_per_byte.value == pytest.approx(nats[0] / math.log(2) / (sum(map(len, TEXTS)) - 1 - untold), rel=1e-4)
+    assert count == sum(len(text) - 1 for text in TEXTS)  # a byte a token here, and all but a document's first are told
+    assert found.a.bits_per_byte.value == pytest.approx(nats[0] / math.log(2) / count, rel=1e-4)
     assert len(found.samples) == 2 and found.samples[0][0] == TEXTS[0][:24]
     itself = compare(a, a, TEXTS, window=16)
     assert itself.agreement.value == 1 and itself.kl.value == pytest.approx(0, abs=1e-6) and all(x == y for _, x, y in itself.samples)
+
+
+def test_parts_of_characters_and_other_templates(tiny_folder, tmp_path):
+    a = Policy.load(str(tiny_folder), "float32")
+    text = "é" * 21
+    found = compare(a, a, [text], window=5)
+    assert found.a.tokens == 41 and found.a.bits_per_byte.value == pytest.approx(math.log(found.a.perplexity.value) / math.log(2))
+    save_model(tmp_path / "plain", chat=False)
+    other = compare(a, Policy.load(str(tmp_path / "plain"), "float32"), ["see the sea"])
+    assert other.agreement is not None and other.kl.value == pytest.approx(0, abs=1e-6)  # the template is in no text
 
 
 def test_the_compare_command(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -253,7 +269,7 @@ def test_the_compare_command(tiny_folder, tmp_path, capsys, monkeypatch):
     assert "perplexity" in told and "next token: 1 [1, 1]" in told and "How far apart" in (tmp_path / "compared.html").read_text()
     assert json.loads((tmp_path / "c.json").read_text())["agreement"]["value"] == 1
     assert main(["compare", str(tiny_folder), "words", "--text", "a.txt"]) == 0
-    assert "tokenizers differ" in (tmp_path / "compared.html").read_text()
+    assert "different tokens" in (tmp_path / "compared.html").read_text()
     assert main(["compare", str(tiny_folder), "words", "--text", "a.txt", "--window", "1"]) == 2 and "--window" in capsys.readouterr().err
     (tmp_path / "one.txt").write_text("x")
     assert main(["compare", str(tiny_folder), str(tiny_folder), "--text", "one.txt"]) == 2 and "two tokens" in capsys.readouterr().err

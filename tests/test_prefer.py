@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_model
-from transformers import AutoModelForCausalLM
+from conftest import byte_tokenizer, save_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import accord
 from accord import progress
@@ -25,6 +25,7 @@ from accord.supervised.comparisons import Comparisons
 from accord.supervised.preference import (
     Logprobs,
     Preference,
+    batches,
     completion_losses,
     implicit_rewards,
     log1mexp,
@@ -198,6 +199,27 @@ def implicit_rewards_by_hand(loss, model, reference, some, s):
     return torch.tensor(out)
 
 
+def test_batches_of_what_is_held_out():
+    """All of it once, and with two or more no batch of one, which KTO could estimate no KL from."""
+    for count in range(1, 40):
+        for size in (1, 2, 3, 8):
+            found = batches(count, size)
+            assert [a for a, _ in found] == [0, *(b for _, b in found[:-1])] and found[-1][1] == count
+            assert count == 1 or min(b - a for a, b in found) >= 2, (count, size)
+            assert max(b - a for a, b in found) < 2 * max(2, size)
+
+
+def test_a_prompt_that_is_twice_in_a_step_gets_none_of_its_own_completions(both):
+    start, policy, *_ = both
+    some = Comparisons(start, PAIRS, None)
+    task = Preference(start, some, None, PreferenceSettings(loss="kto"))
+    told = lambda numbers, tokens=10_000: task._mismatched_kl(policy, some, numbers, tokens)
+    assert told([0, 1, 0, 2, 1]) == pytest.approx(told([0, 1, 2])) != 0 and told([3, 3]) == 0.0
+    theirs = {0: 2, 1: 0, 2: 1}
+    sizes = [some.rollout(part, [theirs[i] for i in part]).tokens.numel() for part in some.packs([0, 1, 2], 40, theirs)]
+    assert max(sizes) <= 40
+
+
 RANKED = [Completion(Prompt("r", "three?"), text, True, k) for k, text in enumerate(("best", "middle one", "last", "also middle"))]
 
 
@@ -274,6 +296,8 @@ def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, loss, adapta
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "model")
+    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=128, n_embd=16, n_layer=1, n_head=2, eos_token_id=256)).save_pretrained("gpt2")
+    byte_tokenizer().save_pretrained("gpt2")
     rows = [
         {"id": g.prompt.id, "prompt": g.prompt.content, "chosen": g.completions[0].text, "rejected": g.completions[1].text} for g in PAIRS
     ]
@@ -294,6 +318,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main([*words, "--pairs", "long.jsonl", "--out", "x"]) == 2
     assert "1 of 7 prompts" in (told := capsys.readouterr().err) and "'long'" in told and "--max-tokens 128" in told
     assert not (tmp_path / "x").exists()
+    for model, more, message in (
+        ("model", ["--adaptation", "split"], "this model has 4 layers"),
+        ("gpt2", ["--adaptation", "lora"], "cannot lora them"),
+    ):  # a run that cannot begin leaves no folder
+        assert main(["prefer", "--model", model, *more, "--pairs", "pairs.jsonl", "--out", "x"]) == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+    write_lines(
+        tmp_path / "tied.jsonl",
+        [{"prompt": "q", "completions": [{"text": "a"}, {"text": "b"}], "pairs": [], "ties": [{"preferred": 0, "other": 1}]}],
+    )
+    assert main([*words, "--pairs", "tied.jsonl", "--out", "x"]) == 2 and "ties teach nothing" in capsys.readouterr().err
     write_lines(tmp_path / "completions.jsonl", ({**c.to_json()} for c in RANKED))
     write_lines(tmp_path / "rankings.jsonl", [Ranking("r", "a", (1, 2, None, 2)).to_json()])
     assert main([*words, "--completions", "completions.jsonl", "--rankings", "rankings.jsonl", "--loss", "ipo", "--out", "ranked"]) == 0

@@ -18,6 +18,7 @@ from accord.nn.budget import TokenBudget
 from accord.nn.layout import Layout
 from accord.nn.weights import merged_state
 from accord.optimizer import Optimizer
+from accord.pretraining import tokens as module
 from accord.pretraining.language import Language, in_micro_batches, loss_sum, new_policy
 from accord.pretraining.settings import PretrainSettings
 from accord.pretraining.sizes import SIZES, config_of
@@ -80,7 +81,58 @@ def test_what_is_held_out(tokenizer, tokens, tmp_path):
     train, held = many.split()
     both = sorted(map(tuple, [*train.spans.tolist(), *held.spans.tolist()]))
     assert both == list(zip(many.starts[:-1].tolist(), many.starts[1:].tolist(), strict=True)) and 2 <= len(held.spans) <= 11
+    assert held.told + len(held.spans) <= len(many.ids) // 20
     assert held.bytes == sum(many.sizes[np.searchsorted(many.starts, a)] for a, _ in held.spans.tolist())
+
+
+@pytest.mark.parametrize("long", [0, 10, 24])
+def test_a_long_document_is_not_all_held_out(tokenizer, tmp_path, long):
+    """Whichever of them it is; a twentieth of the tokens is the most."""
+    some = Tokens.of(["x y z " * (2000 if i == long else 2) for i in range(25)], tokenizer, tmp_path / "uneven", "k")
+    train, held = some.split()
+    assert 0 < held.told <= len(some.ids) // 20 and train.told > 18 * held.told
+    told = np.zeros(len(some.ids), dtype=int)
+    for rows in (train, held):
+        for a, b in rows.spans:
+            told[a:b] += 1
+    assert (told == 1).all()
+
+
+def test_what_a_text_spells_ends_no_document(tokenizer, tmp_path):
+    """Only the two end tokens around a document are end tokens."""
+    some = Tokens.of(["one <|end|> two <|user|> three"], tokenizer, tmp_path / "spelled", "k")
+    assert (np.asarray(some.ids) == tokenizer.eos_ids[0]).sum() == 2
+    assert tokenizer.inner.decode(some.ids[1:-1].tolist()) == "one <|end|> two <|user|> three"
+
+
+def test_two_that_write_the_same_tokens(tokenizer, tmp_path, monkeypatch):
+    """One ends while the other is still at it: what is there is whole, and nothing else is left."""
+    write, first = module._write, []
+
+    def slow(texts, *rest):
+        if not first:
+            first.append(1)
+            Tokens.of(TEXTS, tokenizer, tmp_path / "tokens", "k")
+        write(texts, *rest)
+
+    monkeypatch.setattr(module, "_write", slow)
+    mine = Tokens.of(TEXTS, tokenizer, tmp_path / "tokens", "k")
+    assert mine.ids[-1] == tokenizer.eos_ids[0] and [p.name for p in tmp_path.iterdir()] == ["tokens"]
+    (tmp_path / "tokens/ids.bin").write_bytes(b"\0" * 10)
+    with pytest.raises(UserError, match="damaged"):
+        Tokens.of(TEXTS, tokenizer, tmp_path / "tokens", "k")
+
+
+def test_what_decides_the_tokens_decides_where_they_are_kept(tokenizer):
+    inner = byte_tokenizer()
+    inner.eos_token = "<|user|>"
+    other = Tokenizer(inner)
+    assert other.fingerprint == tokenizer.fingerprint and other.digest != tokenizer.digest == Tokenizer(byte_tokenizer()).digest
+
+
+def test_the_held_out_part_is_known_by_what_it_says(tokenizer, tmp_path):
+    of = lambda name, *texts: Tokens.of(texts, tokenizer, tmp_path / name, name).whole().digest
+    assert len({of("a", "good morning"), of("b", "12345 678910"), of("c", "good", "morning")}) == 3
 
 
 def test_a_layout_of_rows_apart():
@@ -160,6 +212,14 @@ def test_each_epoch_has_every_row_once_in_another_order(tokens):
     assert flat[:n] != flat[n : 2 * n] and flat[:n] != sorted(flat[:n])
     counts = [int(task.train.sizes[some].sum()) for some in taken]
     assert sum(counts) == 3 * task.each and max(counts) < 30 + 16  # a row that begins within a step is whole in it
+    for context, size in ((16, 16), (8, 30), (4, 7)):  # no step is without rows, and none is lost
+        every = Language(
+            tokens.whole(), tokens.whole(), PretrainSettings(**{**SETTINGS, "tokens_per_step": size, "context": context}, epochs=2)
+        )
+        each = [len(every.parts_of(step)) for step in range(every.steps)]
+        assert min(each) > 0 and sum(each) == 2 * len(every.train)
+    with pytest.raises(UserError, match="it must be the context"):
+        accord.pretrain("none", ["none"], context=32, tokens_per_step=8)
     few = Language(tokens.whole(), tokens.whole(), PretrainSettings(**{**SETTINGS, "tokens_per_step": 30}, tokens=100))
     assert few.steps == 4 and [few.parts_of(k).tolist() for k in range(3)] == taken[:3]
 
@@ -253,6 +313,8 @@ def test_a_stop_changes_no_byte(tmp_path, monkeypatch, optimizer):
         )  # fmt: skip
 
     whole = go("whole")
+    assert not any(p.requires_grad for p in whole.policy.model.parameters())  # what others start from
+    assert len(whole.policy.frozen().adapt("split", 1, 4, 8.0, 0).trainable()) == 10
     step, count = State.step, 0
 
     def stop_at(self, *of):
@@ -298,10 +360,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["--text", "binary.txt"], "binary.txt"),
         (["--size", "7m"], "Unknown size '7m'"),
         (["--positions", "rotery"], "positions"),
+        (["--most", "0"], "--most is 0"),
     ):
         assert main([*words, *more, "--out", "x"]) == 2, more
         assert message in capsys.readouterr().err
     assert main("pretrain --tokenizer tok --text empty.txt --out x".split()) == 2 and "no text" in capsys.readouterr().err
+    (tmp_path / "x.txt").write_text("x")
+    assert main("pretrain --tokenizer tok --text x.txt --out x".split()) == 2 and "too little text" in capsys.readouterr().err
     assert main("pretrain --tokenizer none --text a.txt --out x".split()) == 2 and "none" in capsys.readouterr().err
     assert main("pretrain --text a.txt --out x".split()) == 2 and "--tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

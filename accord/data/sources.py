@@ -203,6 +203,8 @@ def iter_texts(sources: Sequence[str | Path], most: int | None = None) -> Iterat
     Raises:
         UserError: a file is no text, or a row has none.
     """
+    if most is not None and most < 1:
+        raise UserError(f"--most is {most}; it must be 1 or more.")
     for source in sources:
         yield from islice(_documents(source), most)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,7 +38,9 @@ class EvaluationSettings(BaseModel):
     max_new_tokens: int = Field(48, ge=1, description="Length limit of a completion, in tokens")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy")
     gold: bool = Field(True, description="Score by a built-in criterion and give the win rate by it")
-    criterion: str = Field("plain-short-decent", description="Which: plain-short-decent (accord/feedback/criterion.md), or stories")
+    criterion: Literal["plain-short-decent", "stories"] = Field(
+        "plain-short-decent", description="Which: plain-short-decent (accord/feedback/criterion.md), or stories"
+    )
     harmful_theme: str = Field("harmlessness", description="Prompts of this theme get a toxicity line of their own")
     rows: int = Field(64, ge=1, description="Completions decoded side by side")
     micro_batch_tokens: int = Field(4096, ge=1, description="Padded tokens scored at once")

@@ -45,7 +45,7 @@ class Told:
 
 @dataclass
 class Compared:
-    """Of two models. ``agreement``, ``kl`` and ``kl_by_position`` are None where the tokenizers differ.
+    """Of two models. ``agreement``, ``kl`` and ``kl_by_position`` are None where the tokenizers make different tokens of the text.
 
     Attributes:
         agreement: share of the places at which both find the same next token likeliest.
@@ -78,38 +78,42 @@ class Compared:
 
 @torch.no_grad()
 def compare(a: Policy, b: Policy, texts: Sequence[str], window: int = 512, samples: int = 4, max_new_tokens: int = 64, seed: int = 0) -> Compared:  # fmt: skip
-    """Measure both on documents, in windows of so many tokens, each of which begins anew.
+    """Measure both on documents, in windows of so many tokens; a window knows nothing of what is before it but one token.
 
     Raises:
         UserError: no document has two tokens.
     """
     window = min(window, a.context, b.context)
     texts = [text for text in texts if text.strip()]
-    alike = a.tokenizer.fingerprint == b.tokenizer.fingerprint and a.model.output_matrix.shape[0] == b.model.output_matrix.shape[0]
-    rows = [_windows(policy, texts, window) for policy in (a, b)]
-    told = [_told(policy, texts, some) for policy, some in zip((a, b), rows, strict=True)]
+    ids = [policy.tokenizer.encode_texts(texts) for policy in (a, b)]
+    rows = [_windows(some, window) for some in ids]
+    told = [_told(policy, texts, own, some) for policy, own, some in zip((a, b), ids, rows, strict=True)]
     agreement = kl = back = positions = None
-    if alike:
+    if ids[0] == ids[1]:
         agreement, kl, back, positions = _apart(a, b, rows[0])
     return Compared(
         told[0], told[1], len(texts), agreement, kl, back, positions, _side_by_side(a, b, texts[:samples], max_new_tokens, seed)
     )
 
 
-def _windows(policy: Policy, texts: Sequence[str], window: int) -> list[Row]:
-    """Each token of a window but the first is told."""
+def _windows(ids: Sequence[list[int]], window: int) -> list[Row]:
+    """Each token of a document but its first is told once: a window begins with the last token of the one before."""
     rows = []
-    for number, ids in enumerate(policy.tokenizer.encode_texts(texts)):
-        for start in range(0, len(ids) - 1, window):
+    for number, own in enumerate(ids):
+        for start in range(0, len(own) - 1, window - 1):
             row = Row(Prompt(str(number), ""), 0)
-            piece = ids[start : start + window]
-            row.extend(piece[:1], False)
-            row.extend(piece[1:], True)
-            if len(piece) > 1:
-                rows.append(row)
+            row.extend(own[start : start + 1], False)
+            row.extend(own[start + 1 : start + window], True)
+            rows.append(row)
     if not rows:
         raise UserError("No document has two tokens; give more text.")
     return rows
+
+
+def _bytes(policy: Policy, token: int) -> int:
+    """Of a document's first token, which may end within a character."""
+    text = policy.tokenizer.decode([token])
+    return len(text.encode()) if "\ufffd" not in text else len(str(policy.tokenizer.inner.convert_ids_to_tokens(token)))
 
 
 def _batches(policy: Policy, rows: Sequence[Row], tokens: int) -> list[Rollout]:
@@ -120,7 +124,7 @@ def _batches(policy: Policy, rows: Sequence[Row], tokens: int) -> list[Rollout]:
     ]
 
 
-def _told(policy: Policy, texts: Sequence[str], rows: Sequence[Row]) -> Told:
+def _told(policy: Policy, texts: Sequence[str], ids: Sequence[list[int]], rows: Sequence[Row]) -> Told:
     def work(tokens: int) -> dict[str, list[float]]:
         found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         with bar("Reading", len(rows)) as progress:
@@ -139,15 +143,15 @@ def _told(policy: Policy, texts: Sequence[str], rows: Sequence[Row]) -> Told:
     names = list(by_document)
     nats, counts = zip(*by_document.values(), strict=True)
     mean = bootstrap_ratio(nats, counts, names)
-    untold: dict[str, int] = defaultdict(int)
-    for row in rows:
-        untold[row.prompt.id] += len(policy.tokenizer.decode(row.tokens[:1]).encode())
-    sizes = [max(1, len(texts[int(name)].encode()) - untold[name]) * math.log(2) for name in names]
+    sizes = [max(1, len(texts[int(name)].encode()) - _bytes(policy, ids[int(name)][0])) * math.log(2) for name in names]
     perplexity = Estimate(*(math.exp(min(value, 700.0)) for value in (mean.value, mean.low, mean.high)))
     return Told(policy.source, perplexity, bootstrap_ratio(nats, sizes, names), int(sum(counts)))
 
 
 def _apart(a: Policy, b: Policy, rows: Sequence[Row]) -> tuple[Estimate, Estimate, Estimate, list[tuple[int, float, int]]]:
+    size = min(p.model.output_matrix.shape[0] for p in (a, b))  # rows beyond are no token of one of them
+    mine_out, their_out = (p.model.output_matrix[:size] for p in (a, b))
+
     def work(tokens: int) -> tuple[dict[str, list[float]], dict[int, list[float]]]:
         found: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
         places: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -155,10 +159,10 @@ def _apart(a: Policy, b: Policy, rows: Sequence[Row]) -> tuple[Estimate, Estimat
             for rollout in _batches(a, rows, tokens):
                 safe_point("Nothing is kept of the comparison.")
                 mine, theirs = (states_of(p.model, rollout, 0) for p in (a, b))
-                kl = exact_kl(mine, a.model.output_matrix, theirs, b.model.output_matrix)
-                back = exact_kl(theirs, b.model.output_matrix, mine, a.model.output_matrix)
+                kl = exact_kl(mine, mine_out, theirs, their_out)
+                back = exact_kl(theirs, their_out, mine, mine_out)
                 same = torch.cat([
-                    (x @ a.model.output_matrix.to(x.dtype).t()).argmax(-1) == (y @ b.model.output_matrix.to(y.dtype).t()).argmax(-1)
+                    (x @ mine_out.to(x.dtype).t()).argmax(-1) == (y @ their_out.to(y.dtype).t()).argmax(-1)
                     for x, y in zip(mine.split(PORTION), theirs.split(PORTION), strict=True)
                 ]).float()  # fmt: skip
                 counts = rollout.response_mask.sum(1).tolist()

@@ -144,10 +144,10 @@ function read(i, j, rows = attention(state.layer, state.head)) {
 }
 
 function residual() {
-  const longest = Math.max(...data.layers.map((l) => l.residual[state.place])), said = (value) => (value === null ? "" : value[state.place].toFixed(2));
+  const longest = Math.max(...data.layers.map((l) => l.residual?.[state.place] ?? 0)), said = (value) => (value === null ? "" : value[state.place].toFixed(2));
   const rows = data.layers.map((l, k) => {
     const guess = data.lens[k]?.[state.place];
-    return [cell(k + 1), cell(l.residual[state.place].toFixed(2)), meter(l.residual[state.place] / longest), cell(said(l.by_attention)), cell(said(l.by_mlp)), cell(guess ? seen(guess[1]) : "", "piece"), cell(guess ? percent(guess[2]) : "")];
+    return [cell(k + 1), cell(said(l.residual)), meter((l.residual?.[state.place] ?? 0) / longest), cell(said(l.by_attention)), cell(said(l.by_mlp)), cell(guess ? seen(guess[1]) : "", "piece"), cell(guess ? percent(guess[2]) : "")];
   });
   fill($("stream"), ["after layer", "|x|", "", "|attention|", "|mlp|", "it would say", "with"], rows);
 }

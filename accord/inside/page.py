@@ -44,7 +44,7 @@ def contents(trace: Trace) -> dict[str, Any]:
                 "habits": habits(layer.attention),
                 "by_attention": None if layer.by_attention is None else layer.by_attention.tolist(),
                 "by_mlp": None if layer.by_mlp is None else layer.by_mlp.tolist(),
-                "residual": layer.after.norm(dim=-1).tolist(),
+                "residual": None if layer.after is None else layer.after.norm(dim=-1).tolist(),
                 "attention": layer.attention,
             }
             for layer in trace.layers

@@ -102,7 +102,7 @@ def lens(trace: Trace) -> list[list[tuple[int, float]]]:
     model = trace.policy.model
     out = []
     for layer in trace.layers:
-        if isinstance(model, ForeignModel):
+        if isinstance(model, ForeignModel) or layer.after is None:
             break
         states = model.model.norm(layer.after)
         logits = states @ model.output_matrix.float().t()

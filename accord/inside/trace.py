@@ -39,7 +39,7 @@ class Step:
         shapes: of what the layer computes, by name.
         window: how many of the latest tokens are looked at; None is all.
         by_attention, by_mlp: (T,) length of what each adds to the residual stream.
-        after: (T,D) the residual stream after the layer.
+        after: (T,D) the residual stream after the layer; None where it is not known.
     """
 
     attention: Tensor
@@ -47,7 +47,7 @@ class Step:
     window: int | None
     by_attention: Tensor | None
     by_mlp: Tensor | None
-    after: Tensor
+    after: Tensor | None
 
 
 @dataclass
@@ -87,7 +87,7 @@ def trace(policy: Policy, text: str, chat: bool = False) -> Trace:
     tokenizer = policy.tokenizer
     if chat and not tokenizer.has_chat_template:
         raise UserError("The model's tokenizer has no chat template; leave out --chat.")
-    ids = tokenizer.encode_prompt(text) if chat else tokenizer.encode_texts([text])[0]
+    ids = tokenizer.encode_prompt(text) if chat else tokenizer.encode_plain(text)
     if not ids:
         raise UserError("The text has no tokens; give a word or more.")
     most = min(MOST, policy.context)
@@ -166,20 +166,22 @@ def _positions(model: Transformer, places: Tensor, cos: Tensor) -> dict[str, Any
 
 def _foreign(model: ForeignModel, tokens: Tensor) -> tuple[Tensor, dict[str, Any], list[Step], Tensor, Tensor]:
     inner = model.inner
+    before = inner.config._attn_implementation
     try:
-        before = inner.config._attn_implementation
         inner.set_attn_implementation("eager")
         out = inner(input_ids=tokens[None], output_attentions=True, output_hidden_states=True, use_cache=False)
-        inner.set_attn_implementation(before)
     except Exception as error:  # each architecture has its own reasons
         raise UserError(f"transformers does not show the inside of this model ({first_line(error)}); take another.") from None
+    finally:
+        inner.set_attn_implementation(before)
     if not out.attentions or any(a is None for a in out.attentions):
         raise UserError("This model has layers without attention, so there is nothing to draw of them; take another.")
     embedded = inner.get_input_embeddings()(tokens).float()
     layers = []
-    for attention, after in zip(out.attentions, out.hidden_states[1:], strict=True):
-        shapes = {"scores": list(attention.shape[1:]), "residual": list(after.shape[1:])}
-        layers.append(Step(attention[0].float(), shapes, None, None, None, after[0].float()))
+    streams = [*(state[0].float() for state in out.hidden_states[1:-1]), None]  # the last of them is after the final norm
+    for attention, after in zip(out.attentions, streams, strict=True):
+        shapes = {"scores": list(attention.shape[1:]), "residual": list(embedded.shape)}
+        layers.append(Step(attention[0].float(), shapes, None, None, None, after))
     positions: dict[str, Any] = {
         "kind": "its own",
         "rows": None,

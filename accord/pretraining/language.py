@@ -32,7 +32,7 @@ SPREAD = 0.02
 def new_policy(tokenizer: Tokenizer, settings: PretrainSettings) -> Policy:
     """A model of first weights, all of which train: normal with standard deviation 0.02, of what layers add to the residual stream
     0.02 / sqrt(2 * layers) (Radford et al. 2019, section 2.3)."""
-    vocabulary, grouped = len(tokenizer.inner), settings.attention == "grouped"
+    vocabulary, grouped = tokenizer.size, settings.attention == "grouped"
     raw = config_of(size_of(settings.size), vocabulary, settings.context, tokenizer.eos_ids[0], grouped, settings.positions)
     config = parse_config(raw)
     model = Transformer(config)
@@ -69,10 +69,12 @@ class Language:
         self.total = settings.tokens or math.ceil(settings.epochs * self.each)
         self.steps = math.ceil(self.total / settings.tokens_per_step)
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+        if self.steps > 1 and not len(self.parts_of(self.steps - 1)):  # what is left is of a row that the step before it took
+            self.steps -= 1
 
     @property
     def digests(self) -> Mapping[str, str]:
-        return {"text": self._text, "validation": str(self._held_rows.spans.sum())}
+        return {"text": self._text, "validation": self._held_rows.digest}
 
     def begin(self) -> None:
         pass

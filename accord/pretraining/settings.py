@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from accord.errors import UserError
 from accord.pretraining.sizes import SIZES, size_of
 from accord.supervised.settings import LoopSettings
 
@@ -29,6 +30,16 @@ class PretrainSettings(LoopSettings):
     samples: int = Field(4, ge=0, description="Texts written each time, from nothing")
     sample_tokens: int = Field(100, ge=1, description="Their length limit")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; the newest two and the best are kept")
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainSettings:
+        try:
+            size_of(self.size)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if self.tokens_per_step < self.context:
+            raise ValueError(f"tokens_per_step is {self.tokens_per_step}; it must be the context ({self.context}) or more")
+        return self
 
     @property
     def rate(self) -> float:

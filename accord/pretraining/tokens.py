@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accord.disk import read_object, whole_folder
+from accord.disk import disk_error, read_object
 from accord.errors import UserError
 from accord.nn.layout import Layout
 from accord.progress import console, safe_point
@@ -54,13 +56,15 @@ class Tokens:
             UserError: there is no text, or the folder cannot be written.
         """
         if not folder.is_dir():
-            with whole_folder(folder) as aside:
-                _write(texts, tokenizer, aside, key)
+            _make(texts, tokenizer, folder, key)
         about = read_object(folder / "about.json")
         if about.get("key") != key:
             raise UserError(f"{folder} holds the tokens of something else; delete it.")
         ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
-        return cls(ids, np.load(folder / "starts.npy"), np.load(folder / "sizes.npy"), about["digest"])
+        starts, sizes = np.load(folder / "starts.npy"), np.load(folder / "sizes.npy")
+        if len(ids) != starts[-1]:
+            raise UserError(f"{folder} is damaged; delete it.")
+        return cls(ids, starts, sizes, about["digest"])
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -70,26 +74,49 @@ class Tokens:
         return Rows(self, np.stack((self.starts[:-1], self.starts[1:]), 1))
 
     def split(self) -> tuple[Rows, Rows]:
-        """What is trained on, and what is held out: whole documents by their place, of few the end of the last."""
+        """What is trained on, and what is held out: whole documents by their place, a twentieth of the tokens at most; where they are few
+        or long, the end of the text.
+
+        Raises:
+            UserError: there is too little of it.
+        """
         count, total = len(self), len(self.ids)
         most = min(MEASURED, total // 20)
-        if count < FEW:
+        lengths, chosen, so_far = np.diff(self.starts), np.zeros(count, dtype=bool), 0
+        for i in sorted(range(count), key=lambda i: hashlib.sha256(str(i).encode()).digest())[: count // FEW + 1]:
+            if so_far + lengths[i] <= most:
+                chosen[i], so_far = True, so_far + lengths[i]
+        if total < 4:
+            raise UserError("There is too little text to learn from and to hold some of it out; give more.")
+        if count < FEW or so_far < most // 4:
             cut = total - max(most, 2)
             begin = int(np.searchsorted(self.starts, cut, "right")) - 1
             spans = [(a, b) for a, b in zip(self.starts[:begin], self.starts[1 : begin + 1], strict=True)]
             held = [(cut, self.starts[begin + 1]), *zip(self.starts[begin + 1 : -1], self.starts[begin + 2 :], strict=True)]
             return Rows(self, [*spans, (self.starts[begin], cut)]), Rows(self, held)
-        lengths, chosen, so_far = np.diff(self.starts), np.zeros(count, dtype=bool), 0
-        for i in sorted(range(count), key=lambda i: hashlib.sha256(str(i).encode()).digest())[: count // FEW + 1]:
-            chosen[i], so_far = True, so_far + lengths[i]
-            if so_far >= most:
-                break
         every = np.stack((self.starts[:-1], self.starts[1:]), 1)
         return Rows(self, every[~chosen]), Rows(self, every[chosen])
 
 
+def _make(texts: Iterable[str], tokenizer: Tokenizer, folder: Path, key: str) -> None:
+    """Write the folder, whole or not at all. Two may be at it: the first to end makes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(texts, tokenizer, aside, key)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _write(texts: Iterable[str], tokenizer: Tokenizer, folder: Path, key: str) -> None:
-    dtype = np.dtype(np.uint16 if len(tokenizer.inner) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
     end = tokenizer.eos_ids[0]
     starts, sizes, total, found = [0], list[int](), 0, hashlib.sha256()
     with (folder / "ids.bin").open("wb") as out:
@@ -141,6 +168,11 @@ class Rows:
     def told(self) -> int:
         """Tokens that are told, in all."""
         return int((self.spans[:, 1] - self.spans[:, 0] - 1).sum())
+
+    @property
+    def digest(self) -> str:
+        """Of the texts and of which parts of them."""
+        return hashlib.sha256(self.tokens.digest.encode() + self.spans.tobytes()).hexdigest()[:16]
 
     @cached_property
     def bytes(self) -> int:

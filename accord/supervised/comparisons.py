@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,8 @@ class Comparisons:
 
     def __init__(self, policy: Policy, groups: Sequence[PairGroup], max_tokens: int | None, what: str = "pairs") -> None:
         found = [judge(policy, group) for group in track(groups, f"Encoding {what}", len(groups)) if group.pairs]
+        if not found:
+            raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
         if max_tokens is not None:
             fitting = [one for one in found if one.longest <= max_tokens]
             if len(fitting) < len(found):
@@ -94,10 +96,15 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.judged)
 
-    def packs(self, numbers: Iterable[int], tokens: int) -> list[list[int]]:
-        """These prompts, longest first, in micro-batches of at most so many padded tokens; a prompt's completions stay together."""
-        order = sorted(numbers, key=lambda i: -self.judged[i].longest)
-        return packs(order, lambda i: len(self.judged[i].answers), lambda i: self.judged[i].longest, tokens)
+    def packs(self, numbers: Iterable[int], tokens: int, answers_of: Mapping[int, int] | None = None) -> list[list[int]]:
+        """These prompts, longest first, in micro-batches of at most so many padded tokens; a prompt's completions stay together.
+
+        Args:
+            answers_of: whose completions each prompt has instead of its own.
+        """
+        theirs = lambda i: self.judged[i if answers_of is None else answers_of[i]].answers
+        longest = lambda i: len(self.judged[i].prompt) + max(map(len, theirs(i)))
+        return packs(sorted(numbers, key=lambda i: -longest(i)), lambda i: len(theirs(i)), longest, tokens)
 
     def rollout(self, numbers: Iterable[int], answers_of: Iterable[int] | None = None) -> Rollout:
         """The completions of these prompts as rows, those of a prompt together.

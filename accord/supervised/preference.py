@@ -129,13 +129,10 @@ class Preference:
     def measure(self, policy: Policy, budget: TokenBudget) -> dict[str, float]:
         if self.heldout is None:
             return {}
-        size = max(2, self.settings.prompts_per_step)
-        starts = range(0, max(1, len(self.heldout) - size // 2), size)  # the last batch is none of a few
-        ends = [*starts[1:], len(self.heldout)]
         held, reference = self.heldout, self._held
         parts = [
             budget.fit(lambda tokens, a=a, b=b: self._over(policy, held, reference, list(range(a, b)), tokens, backward=False))  # type: ignore[misc]
-            for a, b in zip(starts, ends, strict=True)
+            for a, b in batches(len(held), self.settings.prompts_per_step)
         ]
         return Sums.of(parts).told()
 
@@ -169,13 +166,21 @@ class Preference:
     @torch.no_grad()
     def _mismatched_kl(self, policy: Policy, some: Comparisons, numbers: list[int], tokens: int) -> float:
         """max(0, mean of log(pi / ref)) of each prompt with the completions of the one before it among ``numbers``, nats a completion."""
+        numbers = list(dict.fromkeys(numbers))  # a prompt may be there twice where an epoch ends
         if len(numbers) < 2:
             return 0.0
         before, gaps = dict(zip(numbers, [numbers[-1], *numbers[:-1]], strict=True)), []
-        for part in some.packs(numbers, tokens):
+        for part in some.packs(numbers, tokens, before):
             rollout = some.rollout(part, [before[i] for i in part])
             gaps.append(sequence_logprobs(policy.model, rollout) - sequence_logprobs(self._start.model, rollout))
         return max(0.0, float(torch.cat(gaps).mean()))
+
+
+def batches(count: int, size: int) -> list[tuple[int, int]]:
+    """Where batches of ``size`` begin and end; none has fewer than half as many, nor fewer than two while there are two."""
+    size = max(2, size)
+    starts = list(range(0, max(1, count - max(2, size // 2) + 1), size))
+    return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 class Sums:

@@ -164,7 +164,7 @@ class State:
             parameter.data.copy_(tensor)
         self.optimizer.load_state(under("optimizer/", saved.tensors))
         if saved.about["validation"] == self.about["validation"]:  # else the losses are of other examples
-            self.about |= {name: saved.about[name] for name in ("before", "after")}
+            self.about |= {name: dict(saved.about[name]) for name in ("before", "after") if isinstance(saved.about[name], dict)}
         self.optimizer.skipped, self.optimizer.in_a_row = int(saved.about["skipped"]), int(saved.about["in_a_row"])
         self.budget.tokens = min(self.budget.tokens, saved.about["micro_batch_tokens"] or self.budget.tokens)
         return saved.step

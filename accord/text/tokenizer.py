@@ -104,15 +104,29 @@ class Tokenizer:
         """Ids of a text in which special tokens stand already."""
         return self._encode(text, False)
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(len(self.inner), 1 + max(self.inner.get_vocab().values()))
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides which tokens a text has, and which end it."""
+        told = self.inner.backend_tokenizer.to_str() if self.inner.is_fast else self.fingerprint
+        return hashlib.sha256(repr((told, self.eos_ids, self.inner.chat_template)).encode()).hexdigest()[:16]
+
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of whole texts, without special tokens, several at once.
+        """Ids of whole texts, several at once; none is a special token, whatever they spell.
 
         Raises:
             UserError: a tokenizer of characters has no token for one of theirs.
         """
         self.check_alphabet(texts)
         try:
-            return [list(ids) for ids in self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+            return [
+                list(ids)
+                for ids in self.inner(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            ]
         except Exception as error:
             raise UserError(f"The tokenizer cannot read a text ({first_line(error)}); copy its files again.") from None
 
