@@ -22,7 +22,7 @@ from accord.pretraining import tokens as module
 from accord.pretraining.language import Language, in_micro_batches, loss_sum, new_policy
 from accord.pretraining.settings import PretrainSettings
 from accord.pretraining.sizes import SIZES, config_of
-from accord.pretraining.tokens import Tokens
+from accord.pretraining.tokens import LINES, ROWS, Tokens, filling
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
@@ -138,7 +138,7 @@ def test_the_held_out_part_is_known_by_what_it_says(tokenizer, tmp_path):
 def test_a_layout_of_rows_apart():
     """As the one that compares beginnings, where no two rows have one in common."""
     rows = [[5, 6, 7], [1], [2, 2]]
-    apart = Layout.apart(torch.tensor([i for row in rows for i in row]), torch.tensor([3, 1, 2]))
+    apart = Layout.apart(torch.tensor([i for row in rows for i in row]), torch.tensor([3, 1, 2]), 3)
     padded = torch.tensor([row + [0] * (3 - len(row)) for row in rows])
     other = Layout.of(padded, torch.tensor([3, 1, 2]))
     grid = lambda layout, values: layout.rows(values)
@@ -146,6 +146,22 @@ def test_a_layout_of_rows_apart():
         grid(apart, apart.positions), grid(other, other.positions)
     )
     assert torch.equal(apart.home.places, apart.everywhere.places)
+
+
+def test_batches_are_filled_up_to_few_shapes(tokens):
+    """With rows of their own, which are behind the documents' and in no loss; nothing of the documents' is changed."""
+    for rows, count, widest in ((1, 1, 16), (8, 256, 32), (7, 255, 48), (9, 250, 32), (3, 100, 16), (80, 8191, 112), (5, 512, 128)):
+        lengths = filling(rows, count, widest)
+        assert (rows + len(lengths)) % ROWS == 0 and (count + lengths.sum()) % LINES == 0 and all(1 <= n <= widest for n in lengths)
+        assert lengths.sum() < 2 * LINES + ROWS
+    assert len(filling(8, 256, 32)) == 0
+    parts = tokens.whole().cut(16)
+    batch = parts.batch([2, 0], torch.device("cpu"))
+    row = lambda i, by: tokens.ids[parts.begins[i] + by : parts.begins[i] + by + parts.sizes[i]].tolist()
+    assert batch.layout.tokens[: batch.count].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.count].tolist() == row(2, 1) + row(
+        0, 1
+    )
+    assert len(batch.told) % LINES == 0 and batch.layout.everywhere.token.shape[0] % ROWS == 0
 
 
 def peer_of(policy):
@@ -198,8 +214,8 @@ def test_a_document_sees_no_other(tokenizer, tokens):
     """What stands in the other rows of its micro-batch changes nothing of it."""
     s = PretrainSettings(**SETTINGS)
     policy, parts = new_policy(tokenizer, s), tokens.whole().cut(16)
-    alone = [float(loss_sum(policy.model, *parts.batch([i], policy.device)).detach()) for i in range(len(parts))]
-    together = float(loss_sum(policy.model, *parts.batch(list(range(len(parts))), policy.device)).detach())
+    alone = [float(loss_sum(policy.model, parts.batch([i], policy.device)).detach()) for i in range(len(parts))]
+    together = float(loss_sum(policy.model, parts.batch(list(range(len(parts))), policy.device)).detach())
     assert together == pytest.approx(sum(alone), rel=1e-5)
 
 

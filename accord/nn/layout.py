@@ -90,9 +90,8 @@ class Layout:
         return cls(ordered[new], columns.expand(B, T)[new], everywhere, home)
 
     @classmethod
-    def apart(cls, tokens: Tensor, lengths: Tensor) -> Layout:
-        """Of rows one after the other, of which no beginnings are compared. tokens (N,), lengths (B,)."""
-        widest = int(lengths.max())
+    def apart(cls, tokens: Tensor, lengths: Tensor, widest: int) -> Layout:
+        """Of rows one after the other, of which no beginnings are compared. tokens (N,), lengths (B,), of ``widest`` at most."""
         row = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens))
         positions = torch.arange(len(tokens), device=tokens.device) - (lengths.cumsum(0) - lengths)[row]
         places = Places.once(row * widest + positions, torch.Size((len(lengths), widest)))

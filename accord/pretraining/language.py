@@ -12,14 +12,13 @@ from torch import Tensor
 
 from accord.data.batching import packs
 from accord.nn.budget import TokenBudget
-from accord.nn.layout import Layout
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import token_stats
 from accord.nn.transformer import Transformer
 from accord.nn.weights import parse_config
 from accord.pretraining.settings import PretrainSettings
 from accord.pretraining.sizes import config_of, size_of
-from accord.pretraining.tokens import Parts, Rows
+from accord.pretraining.tokens import Batch, Parts, Rows
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
@@ -47,11 +46,11 @@ def new_policy(tokenizer: Tokenizer, settings: PretrainSettings) -> Policy:
     return Policy(model, tokenizer, raw, "scratch", model, "full", trunk_layers=model.depth)
 
 
-def loss_sum(model: Transformer, layout: Layout, told: Tensor) -> Tensor:
-    """-sum log p of the tokens ``told`` (N,), each after the line of its place, nats."""
-    at = model.geometry(layout)
+def loss_sum(model: Transformer, batch: Batch) -> Tensor:
+    """-sum log p of the batch's tokens, each after those before it in its row, nats."""
+    at = model.geometry(batch.layout)
     states = model.upper(model.lower(at, 0), at, 0)
-    return -token_stats(states, model.output_matrix, told, entropic=False).logprobs.sum()
+    return -token_stats(states, model.output_matrix, batch.told, entropic=False).logprobs[: batch.count].sum()
 
 
 class Language:
@@ -100,7 +99,7 @@ class Language:
         numbers = self.parts_of(step)
         count, total = int(self.train.sizes[numbers].sum()), 0.0
         for part in in_micro_batches(self.train, numbers, tokens):
-            loss = loss_sum(self._model(policy), *self.train.batch(part, policy.device)) / max(count, 1)
+            loss = loss_sum(self._model(policy), self.train.batch(part, policy.device)) / max(count, 1)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return {"loss": total, "tokens": float(count)}
@@ -112,7 +111,7 @@ class Language:
 
         def work(tokens: int) -> float:
             parts = in_micro_batches(self.heldout, numbers, tokens)
-            return math.fsum(float(loss_sum(self._model(policy), *self.heldout.batch(part, policy.device))) for part in parts)
+            return math.fsum(float(loss_sum(self._model(policy), self.heldout.batch(part, policy.device))) for part in parts)
 
         total = budget.fit(work)
         loss = total / int(self.heldout.sizes.sum())

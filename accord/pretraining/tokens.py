@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -202,9 +203,40 @@ class Parts:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def batch(self, numbers: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Layout, Tensor]:
-        """Where these rows' tokens stand, and (N,) the tokens that follow them."""
-        pieces = [self.ids[b : b + n + 1].astype(np.int64) for b, n in zip(self.begins[numbers], self.sizes[numbers], strict=True)]
-        read = torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces]))
-        told = torch.from_numpy(np.concatenate([piece[1:] for piece in pieces]))
-        return Layout.apart(read.to(device), torch.from_numpy(self.sizes[numbers]).to(device)), told.to(device)
+    def batch(self, numbers: Sequence[int] | np.ndarray, device: torch.device) -> Batch:
+        """These rows, filled up to one of few shapes."""
+        own = self.sizes[numbers]
+        widest = _up(int(own.max()), PLACES)
+        lengths = np.concatenate((own, filling(len(own), int(own.sum()), widest)))
+        pieces = [self.ids[b : b + n + 1].astype(np.int64) for b, n in zip(self.begins[numbers], own, strict=True)]
+        nothing = np.zeros(int(lengths.sum() - own.sum()), dtype=np.int64)
+        read, told = (
+            torch.from_numpy(np.concatenate([*(piece[side] for piece in pieces), nothing])) for side in (slice(-1), slice(1, None))
+        )
+        layout = Layout.apart(read.to(device), torch.from_numpy(lengths).to(device), widest)
+        return Batch(layout, told.to(device), int(own.sum()))
+
+
+class Batch(NamedTuple):
+    """Where tokens stand, and (N,) the tokens that follow them. The first ``count`` are of documents; what follows fills up."""
+
+    layout: Layout
+    told: Tensor
+    count: int
+
+
+LINES, ROWS, PLACES = 256, 8, 16
+"""Batches have multiples of so many tokens, rows and places a row: of each shape its products are compiled anew, and what is kept of them
+lies about in memory (bench/LOG.md)."""
+
+
+def filling(rows: int, tokens: int, widest: int) -> np.ndarray:
+    """Lengths of the rows that fill up a batch: a token or more each, and ``widest`` at most."""
+    more, room = -rows % ROWS, -tokens % LINES
+    while not more <= room <= more * widest:
+        more, room = (more, room + LINES) if room < more else (more + ROWS, room)
+    return np.array([room // more + (k < room % more) for k in range(more)], dtype=np.int64) if more else np.zeros(0, dtype=np.int64)
+
+
+def _up(number: int, to: int) -> int:
+    return -(-number // to) * to

@@ -114,28 +114,27 @@ class OneOf(Node):
 
 @dataclass(frozen=True)
 class Word(Node):
-    """One of these words, each as likely, bound to ``name`` if it has one; another than what ``but`` is bound to."""
+    """One of these words, each as likely, bound to ``name`` if it has one."""
 
     words: Sequence[str]
     name: str = ""
-    but: str = ""
 
     def write(self, luck: random.Random, bound: dict[str, str]) -> str:
         if self.name in bound:
             return bound[self.name]
-        word = luck.choice([w for w in self.words if not self.but or w != bound[self.but]])
+        word = luck.choice(list(self.words))
         if self.name:
             bound[self.name] = word
         return word
 
     def read(self, text: str, at: int, bound: Attributes) -> Iterator[tuple[int, Attributes]]:
         for word in self.words:
-            if text.startswith(word, at) and not (self.but and word == bound[self.but]):
+            if text.startswith(word, at):
                 yield at + len(word), {**bound, self.name: word} if self.name else bound
 
     @property
     def bits(self) -> float:
-        return math.log2(len(self.words) - bool(self.but))
+        return math.log2(len(self.words))
 
     @property
     def length(self) -> float:

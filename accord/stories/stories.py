@@ -13,6 +13,10 @@ from typing import NamedTuple
 from accord.stories.grammar import Again, Depending, Hidden, Node, OneOf, Text, Word, readings, sequence
 
 ANIMALS = ("bear", "cat", "crow", "deer", "dog", "duck", "fox", "frog", "goat", "goose", "hare", "hen", "mole", "mouse", "toad", "wolf")
+OTHERS = (
+    "badger", "bee", "beetle", "cricket", "ladybird", "lizard", "moth", "pigeon", "rabbit", "raven", "seal", "snail", "sparrow", "spider", "squirrel",
+    "turtle",
+)  # fmt: skip
 NAMES = ("Bela", "Cora", "Dima", "Enzo", "Fina", "Gus", "Hedda", "Ivo", "Juno", "Kasper", "Lumi", "Milo", "Nora", "Odo", "Pia", "Quinn")
 PLACES = (
     "by the river", "in the forest", "on the hill", "near the sea", "under the bridge", "behind the mill", "in the meadow", "at the old farm",
@@ -49,7 +53,7 @@ AFTER = ("slept well", "smiled for days", "felt warm inside", "became friends")
 ENDINGS = ("kind", "selfish", "plain")
 
 _name, _animal, _found = Again("name", NAMES), Again("animal", ANIMALS), Again("found", FOUND)
-_other = Again("other", ANIMALS)
+_other = Again("other", OTHERS)
 
 
 def _of_mood(what: str) -> Node:
@@ -73,7 +77,7 @@ STORY = sequence(
         "place": sequence("A ", _of_mood("is"), " ", Word(ANIMALS, "animal"), " lived ", Word(PLACES, "place"), ", and its name was ", Word(NAMES, "name"), "."),
     }),
     OneOf({str(n): _scenes(n) for n in (1, 2, 3)}, "scenes"),
-    " One day ", _name, " met a ", Word(ANIMALS, "other", but="animal"), " who ", Word(TRAITS), ".",
+    " One day ", _name, " met a ", Word(OTHERS, "other"), " who ", Word(TRAITS), ".",
     Depending("mood", {mood: _said(mood) for mood in MOODS}),
     OneOf({
         "they": sequence(" They found a ", Word(FOUND, "found"), " ", Word(WHERE), "."),
