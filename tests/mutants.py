@@ -169,7 +169,7 @@ MUTANTS = [
     ("nn/layout", "Places.once(row * widest + positions, torch.Size((len(lengths), widest)))", "Places.once(torch.arange(len(tokens)), torch.Size((1, len(tokens))))", "documents see those before them", "test_pretrain.py", "apart or packed"),
     ("pretraining/tokens", "begins = self.spans[owner, 0] + place * context", "begins = self.spans[owner, 0] + place * (context + 1)", "a token between two parts is never told", "test_pretrain.py", "told_once"),
     ("pretraining/tokens", "row = np.array([end, *ids, end], dtype=dtype)", "row = np.array([end, *ids], dtype=dtype)", "no document ends", "test_pretrain.py", "disk"),
-    ("pretraining/language", ".logprobs[: batch.count].sum()", ".logprobs.sum()", "what fills up a batch counts", "test_pretrain.py", "packed or sees"),
+    ("pretraining/language", ".logprobs[: batch.own].sum()", ".logprobs.sum()", "what fills up a batch counts", "test_pretrain.py", "packed or sees"),
     ("pretraining/language", "default_rng([self.settings.seed, epoch])", "default_rng([self.settings.seed])", "the same order in each epoch", "test_pretrain.py", "epoch"),
     ("pretraining/language", "total / math.log(2) / self._held_rows.bytes", "total / self._held_rows.bytes", "nats for bits", "test_pretrain.py", "packed"),
     ("nn/transformer", "torch.stack((angles.sin(), angles.cos()), dim=-1)", "torch.stack((angles.cos(), angles.sin()), dim=-1)", "sine and cosine exchanged", "test_pretrain.py", "positions"),

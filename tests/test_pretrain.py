@@ -158,7 +158,7 @@ def test_batches_are_filled_up_to_few_shapes(tokens):
     parts = tokens.whole().cut(16)
     batch = parts.batch([2, 0], torch.device("cpu"))
     row = lambda i, by: tokens.ids[parts.begins[i] + by : parts.begins[i] + by + parts.sizes[i]].tolist()
-    assert batch.layout.tokens[: batch.count].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.count].tolist() == row(2, 1) + row(
+    assert batch.layout.tokens[: batch.own].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.own].tolist() == row(2, 1) + row(
         0, 1
     )
     assert len(batch.told) % LINES == 0 and batch.layout.everywhere.token.shape[0] % ROWS == 0

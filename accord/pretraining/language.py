@@ -50,7 +50,7 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     """-sum log p of the batch's tokens, each after those before it in its row, nats."""
     at = model.geometry(batch.layout)
     states = model.upper(model.lower(at, 0), at, 0)
-    return -token_stats(states, model.output_matrix, batch.told, entropic=False).logprobs[: batch.count].sum()
+    return -token_stats(states, model.output_matrix, batch.told, entropic=False).logprobs[: batch.own].sum()
 
 
 class Language:

@@ -218,11 +218,11 @@ class Parts:
 
 
 class Batch(NamedTuple):
-    """Where tokens stand, and (N,) the tokens that follow them. The first ``count`` are of documents; what follows fills up."""
+    """Where tokens stand, and (N,) the tokens that follow them. The first ``own`` are of documents; what follows fills up."""
 
     layout: Layout
     told: Tensor
-    count: int
+    own: int
 
 
 LINES, ROWS, PLACES = 256, 8, 16
