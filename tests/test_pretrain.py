@@ -161,6 +161,7 @@ def test_batches_are_filled_up_to_few_shapes(tokens):
     assert batch.layout.tokens[: batch.own].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.own].tolist() == row(2, 1) + row(
         0, 1
     )
+    assert int(batch.layout.positions.max()) < max(parts.sizes[[2, 0]])  # learned positions have no more
     assert len(batch.told) % LINES == 0 and batch.layout.everywhere.token.shape[0] % ROWS == 0
 
 

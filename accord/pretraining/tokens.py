@@ -206,14 +206,14 @@ class Parts:
     def batch(self, numbers: Sequence[int] | np.ndarray, device: torch.device) -> Batch:
         """These rows, filled up to one of few shapes."""
         own = self.sizes[numbers]
-        widest = _up(int(own.max()), PLACES)
-        lengths = np.concatenate((own, filling(len(own), int(own.sum()), widest)))
+        longest = int(own.max())
+        lengths = np.concatenate((own, filling(len(own), int(own.sum()), longest)))
         pieces = [self.ids[b : b + n + 1].astype(np.int64) for b, n in zip(self.begins[numbers], own, strict=True)]
         nothing = np.zeros(int(lengths.sum() - own.sum()), dtype=np.int64)
         read, told = (
             torch.from_numpy(np.concatenate([*(piece[side] for piece in pieces), nothing])) for side in (slice(-1), slice(1, None))
         )
-        layout = Layout.apart(read.to(device), torch.from_numpy(lengths).to(device), widest)
+        layout = Layout.apart(read.to(device), torch.from_numpy(lengths).to(device), -(-longest // PLACES) * PLACES)
         return Batch(layout, told.to(device), int(own.sum()))
 
 
@@ -230,13 +230,9 @@ LINES, ROWS, PLACES = 256, 8, 16
 lies about in memory (bench/LOG.md)."""
 
 
-def filling(rows: int, tokens: int, widest: int) -> np.ndarray:
-    """Lengths of the rows that fill up a batch: a token or more each, and ``widest`` at most."""
+def filling(rows: int, tokens: int, longest: int) -> np.ndarray:
+    """Lengths of the rows that fill up a batch: a token or more each, and ``longest`` at most."""
     more, room = -rows % ROWS, -tokens % LINES
-    while not more <= room <= more * widest:
+    while not more <= room <= more * longest:
         more, room = (more, room + LINES) if room < more else (more + ROWS, room)
     return np.array([room // more + (k < room % more) for k in range(more)], dtype=np.int64) if more else np.zeros(0, dtype=np.int64)
-
-
-def _up(number: int, to: int) -> int:
-    return -(-number // to) * to
