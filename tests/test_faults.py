@@ -18,7 +18,7 @@ def run(program, *arguments):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++"))), reason="no C compiler, which the failing disk needs")
 def test_killed_and_failing_runs_end_as_an_undisturbed_one():
-    table = run("campaign.py", "--kills", 10, "--errors", 8, "--others", 0.25, "--seed", 1)
+    table = run("campaign.py", "--kills", 6, "--errors", 4, "--others", 0.4, "--seed", 1)
     assert table.count("| none |") == 10, table
 
 

@@ -158,9 +158,7 @@ def test_batches_are_filled_up_to_few_shapes(tokens):
     parts = tokens.whole().cut(16)
     batch = parts.batch([2, 0], torch.device("cpu"))
     row = lambda i, by: tokens.ids[parts.begins[i] + by : parts.begins[i] + by + parts.sizes[i]].tolist()
-    assert batch.layout.tokens[: batch.own].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.own].tolist() == row(2, 1) + row(
-        0, 1
-    )
+    assert batch.layout.tokens[: batch.own].tolist() == row(2, 0) + row(0, 0) and batch.told[: batch.own].tolist() == row(2, 1) + row(0, 1)
     assert int(batch.layout.positions.max()) < max(parts.sizes[[2, 0]])  # learned positions have no more
     assert len(batch.told) % LINES == 0 and batch.layout.everywhere.token.shape[0] % ROWS == 0
 
