@@ -27,6 +27,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -rs
 
 test-faults: .venv/ready
+	$(BIN)/python tests/mutants.py
 	$(BIN)/python tests/faults/campaign.py --write
 	$(BIN)/python tests/faults/fuzz.py --each 650 --write
 	$(BIN)/python tests/faults/soak.py --minutes 120 --write
