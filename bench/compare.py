@@ -31,6 +31,7 @@ RESULTS, PYTHON = HOME / "results.json", HOME / "peers/bin/python"
 PEERS = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 OLD = HOME / "trl-1.12.0"  # the last release with PPO, beside the current one
 VLLM, VLLM_VERSION = HOME / "vllm/bin/python", "0.32.0"  # an environment of its own: it pins what others pin otherwise
+BY_OLD, BY_VLLM = {"peers/ppo.py", "peers/reach.py"}, "peers/vllm_cpu.py"
 BATCHES = (1, 16, 64)
 ALONE = {
     "reach": "Time to a held-out reward",
@@ -109,15 +110,15 @@ def cases(quick):
     return out
 
 
-def peers():
-    """Their own environment, made once."""
+def peers(scripts):
+    """The environments that these programs need, each made once."""
     if not PYTHON.exists():
         print("Installing the peers into build/bench/peers (once)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(HOME / "peers")], check=True)
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", *PEERS], check=True)
-    if not OLD.exists():
+    if not OLD.exists() and scripts & BY_OLD:
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(OLD), "trl==1.12.0"], check=True)
-    if not VLLM.exists():
+    if not VLLM.exists() and BY_VLLM in scripts:
         subprocess.run([sys.executable, "-m", "venv", str(HOME / "vllm")], check=True)
         pip = [str(VLLM), "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", "torch==2.13.0"], check=True)
@@ -129,10 +130,10 @@ def peers():
 def measure(script, task, model):
     """Run one program; its numbers, or why there are none."""
     ours = script == "ours.py"
-    environment = {**os.environ, "PYTHONPATH": str(OLD) if script in ("peers/ppo.py", "peers/reach.py") else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(OLD) if script in BY_OLD else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
     if ours:
         environment["PYTHONPATH"] = str(ROOT)
-    python = sys.executable if ours else str(VLLM if script == "peers/vllm_cpu.py" else PYTHON)
+    python = sys.executable if ours else str(VLLM if script == BY_VLLM else PYTHON)
     command = [python, str(ROOT / "bench" / script), str(HOME / "task.json")]
     (HOME / "task.json").write_text(json.dumps({**task, "model": model}))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -232,13 +233,15 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer iterations a program; nothing is written")
     arguments = parser.parse_args()
     HOME.mkdir(parents=True, exist_ok=True)
-    peers()
+    wanted = lambda name: not arguments.only or any(word in name for word in arguments.only)
+    scripts = {script for name, (_, programs) in cases(arguments.quick).items() if wanted(name) for script, _ in programs.values()}
+    peers(scripts | ({"peers/reach.py"} if wanted("reach") and not arguments.quick else set()))
     from accord.nn.bundled import bundled_folder
 
     model = str(bundled_folder())
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, (title, programs) in cases(arguments.quick).items():
-        if arguments.only and not any(word in name for word in arguments.only):
+        if not wanted(name):
             continue
         rounds = []
         for number in range(arguments.rounds):
@@ -252,7 +255,7 @@ def main():
             TABLE.write_text(table(results))
     run = lambda task: measure("ours.py", task, model)
     for name, title in ALONE.items():
-        if (arguments.only and not any(word in name for word in arguments.only)) or arguments.quick:
+        if not wanted(name) or arguments.quick:
             continue
         if name == "floor":
             if not {"decode", "ppo"} <= results.keys():

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import math
+
 import torch
 from conftest import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
@@ -268,6 +270,8 @@ def test_rates_by_hand():
     assert rate_at(2 + 7 // 2, 10, s(schedule="cosine")) == pytest.approx(
         0.1 + 0.45 * (1 + torch.cos(torch.tensor(torch.pi * 3 / 7)).item())
     )
+    assert [rate_at(k, 10, s(schedule="linear", final_rate=0.0)) for k in (2, 9)] == [1.0, 0.0]
+    assert rate_at(2 + 7 // 2, 10, s(schedule="cosine", final_rate=0.2)) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 3 / 7)))
     assert [rate_at(k, 10, s(schedule="constant")) for k in (2, 9)] == [1.0, 1.0] and rate_at(0, 1, s()) == 0.5
     assert SFTSettings().rate == 2e-5 and SFTSettings(adaptation="lora").rate == 2e-4 and SFTSettings(learning_rate=1.0).rate == 1.0
 

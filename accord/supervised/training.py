@@ -111,13 +111,14 @@ def heldout(measured: Mapping[str, float]) -> dict[str, float]:
 
 
 def rate_at(step: int, steps: int, settings: LoopSettings) -> float:
-    """Share of the learning rate at a step: a linear rise over the first ``warmup`` of the steps, then down to a tenth."""
+    """Share of the learning rate at a step: a linear rise over the first ``warmup`` of the steps, then down to ``final_rate`` at
+    the last."""
     rise = math.ceil(settings.warmup * steps)
     if step < rise:
         return (step + 1) / (rise + 1)
     done = (step - rise) / max(1, steps - 1 - rise)
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[settings.schedule]
-    return left if settings.schedule == "constant" else 0.1 + 0.9 * left
+    return left if settings.schedule == "constant" else settings.final_rate + (1 - settings.final_rate) * left
 
 
 class State:
