@@ -1,10 +1,9 @@
 """Supervised fine-tuning: which tokens count, the gradient against transformers', the same bytes after a stop, and mistakes."""
 
 import json
-
-import pytest
 import math
 
+import pytest
 import torch
 from conftest import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
