@@ -14,7 +14,7 @@ from typing import Any
 from accord.checkpoints import until_done
 from accord.config import FeedbackSettings, RLSettings, SampleSettings, build
 from accord.data.pairs import group_pairs, scored_by_rank
-from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, split_of
+from accord.data.records import Completion, Logged, PairGroup, Prompt, RankedCompletions, hold_out, split_of
 from accord.data.sources import read_completions, read_logged, read_prompts, read_rankings
 from accord.disk import append_lines, repair_lines, write_lines
 from accord.errors import UserError, needs
@@ -246,7 +246,7 @@ def train_rl(
     elif world is not None and validation is None:
         validation = given
     elif validation is None:
-        given, validation = split_validation(given, s.prompts_per_step)
+        given, validation = hold_out(given, lambda p: p.id, s.prompts_per_step)
     if s.dtype != "auto" and resolve_dtype(s.dtype) != policy.model.compute_dtype:
         raise UserError(f"The policy was loaded in another dtype than {s.dtype}; give it to load(): accord.load(name, '{s.dtype}').")
     folder = Path(out) if out is not None else Path("runs") / time.strftime("rl-%Y%m%d-%H%M%S")
@@ -450,7 +450,7 @@ def prepare_rl(config: dict[str, Any], where: str, planned: bool = False) -> Pre
     elif world is not None:
         validation = world.prompts()
     else:
-        prompts, validation = split_validation(prompts, settings.prompts_per_step)
+        prompts, validation = hold_out(prompts, lambda p: p.id, settings.prompts_per_step)
     if planned and config["model"] == scratch.NAME:  # a megabyte, and its pace is the environment's
         console.print(f"[dim]{settings.arithmetic()}[/]", soft_wrap=True)
     elif planned:
@@ -533,10 +533,3 @@ def finish_rl(run: Run, prepared: Prepared) -> Outcome:
     outcome = run_rl(run, p.policy, p.prompts, p.reward, p.settings, p.validation, p.environment, p.logged)
     write_report(run.folder)
     return outcome
-
-
-def split_validation(prompts: list[Prompt], least: int) -> tuple[list[Prompt], list[Prompt]]:
-    """A tenth of the prompts, by id, for validation, unless too few would be left to train on."""
-    held = [p for p in prompts if split_of(p.id, 0.1, 0.0) == "validation"]
-    kept = [p for p in prompts if split_of(p.id, 0.1, 0.0) != "validation"]
-    return (kept, held) if len(kept) >= least else (prompts, [])

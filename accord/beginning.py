@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from accord.config import Base, Gates
 from accord.data.records import Prompt, split_of
 from accord.data.sources import read_texts
-from accord.data.statistics import bootstrap_mean
+from accord.data.statistics import Estimate, bootstrap_mean
 from accord.disk import stream_lines, whole_folder, write_lines
 from accord.feedback.criteria import Stories
 from accord.progress import console, track
@@ -64,11 +65,8 @@ class Beginning:
 
     def asked(self) -> list[tuple[str, str]]:
         """Wishes and stories for them; none of a wish that is held out."""
-        found: list[tuple[str, str]] = []
-        for wish, text, story in wishes(3 * self.base.asked, self.seed):
-            if split_of(wish.id) != "heldout" and len(found) < self.base.asked:
-                found.append((text, story))
-        return found
+        given = wishes(3 * self.base.asked, self.seed)
+        return list(islice(((text, story) for wish, text, story in given if split_of(wish.id) != "heldout"), self.base.asked))
 
     def tokenizer(self) -> Done:
         texts = read_texts(self.texts)
@@ -89,23 +87,34 @@ class Beginning:
         if self.base.text:
             return Done(falls(tuned.before, tuned.after, "bits_per_byte", "bits a byte"), tuned.after, tokens)
         policy = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.pretrain.dtype)
-        end, names = policy.tokenizer.eos_ids[0], [f"story-{i}" for i in range(SAMPLED)]
-        room = policy.context - 1
-        written = Engine(policy, 100).go_on([[end]] * SAMPLED, names, Sampling(1.0, max_new_tokens=room, seed=self.seed))
-        texts = [policy.tokenizer.decode(ids) if finished else "" for ids, _, finished in written]
-        parses = bootstrap_mean([float(read_story(text) is not None) for text in texts], names)
+        texts = self.told(policy, self.base.temperature)
+        parses, plain = share_of_stories(texts), share_of_stories(self.told(policy, 1.0))
         known, whole = set(read_texts(self.texts)), [text for text in texts if read_story(text)]
         new = sum(text not in known for text in whole) / max(1, len(whole))
         write_lines(self.run.folder / "stories.jsonl", ({"story": text} for text in texts))
         ratio = tuned.after["bits_per_byte"] / rate()
-        facts = {**tuned.after, "entropy_rate": rate(), "ratio": ratio, "parses": parses.to_json(), "new": new}
+        facts = {
+            **tuned.after,
+            "entropy_rate": rate(),
+            "ratio": ratio,
+            "parses": parses.to_json(),
+            "parses_at_1": plain.to_json(),
+            "new": new,
+        }
         gate = Gate(
-            f"bits a byte within {self.gates.entropy_ratio - 1:.0%} of the grammar's {rate():.4f}, and {self.gates.parses:.0%} of {SAMPLED} stories of the grammar",
-            f"{tuned.after['bits_per_byte']:.4f} ({ratio - 1:+.1%}), {parses} ({new:.0%} of them new)",
+            f"bits a byte within {self.gates.entropy_ratio - 1:.0%} of the grammar's {rate():.4f}, and {self.gates.parses:.0%} of {SAMPLED} stories of the grammar at temperature {self.base.temperature:g}",
+            f"{tuned.after['bits_per_byte']:.4f} ({ratio - 1:+.1%}), {parses} ({new:.0%} of them new; at temperature 1 {plain})",
             ratio <= self.gates.entropy_ratio and parses.value >= self.gates.parses,
             "In a new run, train on more (base.documents, base.pretrain.epochs) or a larger base.pretrain.size.",
         )  # fmt: skip
         return Done(gate, facts, tokens)
+
+    def told(self, policy: Policy, temperature: float) -> list[str]:
+        """:data:`SAMPLED` texts of the pretrained policy from nothing; empty where one did not end."""
+        end, names = policy.tokenizer.eos_ids[0], [f"story-{i}" for i in range(SAMPLED)]
+        sampling = Sampling(temperature, max_new_tokens=policy.context - 1, seed=self.seed)
+        written = Engine(policy, 100).go_on([[end]] * SAMPLED, names, sampling)
+        return [policy.tokenizer.decode(ids) if finished else "" for ids, _, finished in written]
 
     def sft(self) -> Done:
         start = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.sft.dtype)
@@ -120,7 +129,9 @@ class Beginning:
         policy = Policy.load(str(self.model), self.base.sft.dtype)
         held = [p for p in story_prompts() if split_of(p.id) == "heldout"]
         room = policy.context - max(len(policy.tokenizer.encode_prompt(p.content)) for p in held)
-        completions = Engine(policy, 100).sample(held, 1, Sampling(1.0, max_new_tokens=room, seed=self.seed)).completions()
+        completions = (
+            Engine(policy, 100).sample(held, 1, Sampling(self.base.temperature, max_new_tokens=room, seed=self.seed)).completions()
+        )
         judged = Stories().judge(completions)
         found = {name: bootstrap_mean([j.measures[name] for j in judged], [p.id for p in held]) for name in ("parses", "follows", "kind")}
         gate = Gate(
@@ -139,6 +150,11 @@ def story_prompts() -> list[Prompt]:
     """Every wish once, in words that its id decides."""
     every = [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
     return [Prompt(wish.id, ask(wish, random.Random(wish.id)), wish.mood) for wish in every]
+
+
+def share_of_stories(texts: Sequence[str]) -> Estimate:
+    """How many are of the grammar."""
+    return bootstrap_mean([float(read_story(text) is not None) for text in texts], [str(i) for i in range(len(texts))])
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

@@ -75,6 +75,9 @@ class Base(BaseModel):
     examples: str | None = Field(None, description="Chats to learn to answer from; off: wishes with a story each")
     asked: int = Field(6000, ge=100, description="Such wishes")
     sft: SFTSettings = SFTSettings()  # type: ignore[call-arg]
+    temperature: float = Field(
+        1.0, gt=0, description="At which stories are sampled to see how many are of the grammar and of those asked for"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Base:

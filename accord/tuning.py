@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accord.api import load
 from accord.config import build
 from accord.data.pairs import grouped_pairs
-from accord.data.records import Example, PairGroup, RankedCompletions, split_of
+from accord.data.records import Example, PairGroup, RankedCompletions, hold_out
 from accord.data.sources import iter_texts, read_examples, read_pairs, text_files
 from accord.disk import file_digest
 from accord.errors import UserError
@@ -37,7 +37,6 @@ from accord.supervised.settings import LoopSettings, PreferenceSettings, SFTSett
 from accord.supervised.training import Task, Tuned, tune
 from accord.text.tokenizer import Tokenizer
 
-Row = TypeVar("Row")
 MEASURED = 500
 """Rows that are held out at most, unless they are given."""
 
@@ -182,31 +181,23 @@ def carry_out(folder: Path, config: dict[str, Any], prepared: Prepared, resume: 
 
 
 def imitation(policy: Policy, examples: Sequence[Example], validation: Sequence[Example] | None, settings: SFTSettings) -> Imitation:
-    """The task of ``accord sft``. ``validation``: None holds out a tenth of the examples (:func:`split_rows`)."""
+    """The task of ``accord sft``. ``validation``: None holds out a tenth of the examples (:func:`accord.data.records.hold_out`)."""
     if validation is not None:
         held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
         return Imitation(Encoded(policy, examples, settings.max_tokens), held, settings)
     every = Encoded(policy, examples, settings.max_tokens)
-    kept, out = split_rows(every.rows, lambda row: row.id, settings.examples_per_step)
+    kept, out = hold_out(every.rows, lambda row: row.id, settings.examples_per_step, MEASURED)
     return Imitation(every.only(kept), every.only(out) if out else None, settings)
 
 
 def preference(policy: Policy, pairs: Sequence[PairGroup], validation: Sequence[PairGroup] | None, settings: PreferenceSettings) -> Preference:  # fmt: skip
-    """The task of ``accord prefer``. ``validation``: None holds out the pairs of a tenth of the prompts (:func:`split_rows`)."""
+    """The task of ``accord prefer``. ``validation``: None holds out the pairs of a tenth of the prompts (:func:`accord.data.records.hold_out`)."""
     if validation is not None:
         held = Comparisons(policy, validation, settings.max_tokens, "validation pairs") if validation else None
         return Preference(policy, Comparisons(policy, pairs, settings.max_tokens), held, settings)
     every = Comparisons(policy, pairs, settings.max_tokens)
-    kept, out = split_rows(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step)
+    kept, out = hold_out(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step, MEASURED)
     return Preference(policy, every.only(kept), every.only(out) if out else None, settings)
-
-
-def split_rows(rows: Sequence[Row], name: Callable[[Row], str], least: int) -> tuple[list[Row], list[Row]]:
-    """What is learned from and what is measured on: a tenth by id, :data:`MEASURED` at most, and nothing if fewer than ``least``
-    would be left to learn from."""
-    held = [row for row in rows if split_of(name(row), 0.1, 0.0) == "validation"]
-    kept = [row for row in rows if split_of(name(row), 0.1, 0.0) != "validation"]
-    return (kept + held[MEASURED:], held[:MEASURED]) if len(kept) >= least else (list(rows), [])
 
 
 @dataclass

@@ -213,7 +213,7 @@ def load():
 
 
 def table(found):
-    from demo import processor
+    from seeds import processor
 
     lines = ["# Algorithms compared", "", "![reward against wall-clock and against KL](algorithms-compared.svg)", ""]
     for task, about in TASKS.items():

@@ -155,7 +155,7 @@ def summary(values):
 
 
 def table(results):
-    from demo import processor
+    from seeds import processor
 
     lines = [
         "# accord beside what people use",

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,8 +29,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from accord import progress
 from accord.data.records import Prompt
 from accord.rollout.policy import Policy
+from accord.supervised.training import State
 
 BINARIES = max(
     Path("/usr/lib/postgresql").glob("*/bin"), default=Path("no PostgreSQL"), key=lambda p: int(p.parent.name)
@@ -80,6 +83,25 @@ def word_tokenizer():
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|end|>", unk_token="something")
     fast.chat_template = TEMPLATE
     return fast
+
+
+@contextmanager
+def stopped_at(*steps):
+    """Within, somebody asks supervised training to stop during these of its steps, counted from 1."""
+    step, count = State.step, 0
+
+    def taken(self, *of):
+        nonlocal count
+        count += 1
+        progress._Stop.requested = count in steps
+        return step(self, *of)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "step", taken)
+        try:
+            yield
+        finally:
+            progress._Stop.requested = False
 
 
 SHAPE = dict(

@@ -4,15 +4,14 @@ import json
 
 import pytest
 import yaml
+from conftest import stopped_at
 
-from accord import progress
 from accord.beginning import rate, story_prompts
 from accord.cli import main
 from accord.config import Recipe, build, load_yaml, recipe_text
 from accord.data.records import split_of
 from accord.disk import write_lines
 from accord.stories.stories import read_story, read_wish
-from accord.supervised.training import State
 
 SMALL = """
 base:
@@ -49,7 +48,7 @@ def test_the_shipped_recipe():
     assert 0.1 < rate() < 0.25
 
 
-def test_stopped_in_pretraining_and_in_tuning_it_ends_the_same(tmp_path, monkeypatch, capsys):
+def test_stopped_in_pretraining_and_in_tuning_it_ends_the_same(tmp_path, capsys):
     (tmp_path / "small.yaml").write_text(SMALL)
     assert main("run small.yaml --out whole".split()) == 3  # what it writes is no story, so there are no pairs
     told = capsys.readouterr()
@@ -64,16 +63,7 @@ def test_stopped_in_pretraining_and_in_tuning_it_ends_the_same(tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "whole/examples.jsonl").read_text().splitlines()]
     assert len(rows) == 100 and not any(split_of(read_wish(row["prompt"]).id) == "heldout" for row in rows)
     assert all(read_wish(row["prompt"]).fulfilled(read_story(row["completion"])) for row in rows)
-    step, count = State.step, 0
-
-    def stop_at(self, *of):
-        nonlocal count
-        count += 1
-        progress._Stop.requested = count in (4, 16)
-        return step(self, *of)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "step", stop_at)
+    with stopped_at(4, 16):
         assert main("run small.yaml --out cut".split()) == 130
         assert "accord resume cut" in capsys.readouterr().out
         (tmp_path / "cut").rename(tmp_path / "moved")  # where it is is nothing of it

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, save_model
+from conftest import byte_tokenizer, save_model, stopped_at
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import accord
-from accord import progress
 from accord.cli import main
 from accord.data.pairs import group_pairs
 from accord.data.records import Completion, Pair, PairGroup, Prompt, Ranking
@@ -32,7 +31,6 @@ from accord.supervised.preference import (
     pair_losses,
 )
 from accord.supervised.settings import PreferenceSettings
-from accord.supervised.training import State
 from accord.tuning import preference
 
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
@@ -263,7 +261,7 @@ def test_what_is_held_out_is_measured_whole(tiny, loss):
 
 
 @pytest.mark.parametrize(("loss", "adaptation"), [("dpo", "full"), ("kto", "lora"), ("orpo", "split")])
-def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, loss, adaptation):
+def test_a_stop_changes_no_byte(tiny_folder, tmp_path, loss, adaptation):
     def go(name, resume=False, pairs=PAIRS):
         return accord.train_preference(
             Policy.load(str(tiny_folder), "float32"), pairs, out=tmp_path / name, validation=PAIRS[:3], resume=resume,
@@ -272,19 +270,8 @@ def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, loss, adapta
 
     whole = go("whole")
     assert whole.steps == 6 and whole.after["loss"] != whole.before["loss"]
-    step, count = State.step, 0
-
-    def stop_at(self, *of):
-        nonlocal count
-        count += 1
-        progress._Stop.requested = count == 3
-        return step(self, *of)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "step", stop_at)
-        with pytest.raises(Interrupted, match="Training is saved"):
-            go("cut")
-    progress._Stop.requested = False
+    with stopped_at(3), pytest.raises(Interrupted, match="Training is saved"):
+        go("cut")
     again = go("cut", resume=True)
     assert (again.before, again.after, again.steps) == (whole.before, whole.after, 6)
     for name in ("metrics.jsonl", "policy/model.safetensors"):

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, stopped_at
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import accord
-from accord import progress
 from accord.cli import main
 from accord.disk import write_lines
 from accord.errors import Interrupted, UserError
@@ -26,7 +25,6 @@ from accord.pretraining.tokens import LINES, ROWS, Tokens, filling
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
-from accord.supervised.training import State
 from accord.text.tokenizer import Tokenizer
 
 TEXTS = [f"{word} " * (1 + 3 * k) + "end." for k, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"))]
@@ -330,19 +328,8 @@ def test_a_stop_changes_no_byte(tmp_path, monkeypatch, optimizer):
     whole = go("whole")
     assert not any(p.requires_grad for p in whole.policy.model.parameters())  # what others start from
     assert len(whole.policy.frozen().adapt("split", 1, 4, 8.0, 0).trainable()) == 10
-    step, count = State.step, 0
-
-    def stop_at(self, *of):
-        nonlocal count
-        count += 1
-        progress._Stop.requested = count == 5
-        return step(self, *of)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "step", stop_at)
-        with pytest.raises(Interrupted, match="Training is saved"):
-            go("cut")
-    progress._Stop.requested = False
+    with stopped_at(5), pytest.raises(Interrupted, match="Training is saved"):
+        go("cut")
     again = go("cut", resume=True)
     assert (again.before, again.after, again.steps) == (whole.before, whole.after, whole.steps)
     for name in ("metrics.jsonl", "completions.jsonl", "policy/model.safetensors"):

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_model
+from conftest import byte_tokenizer, save_model, stopped_at
 from transformers import AutoModelForCausalLM
 
 import accord
-from accord import progress
 from accord.cli import main
 from accord.data.records import Example
 from accord.data.sources import read_examples
@@ -276,7 +275,7 @@ def test_rates_by_hand():
 
 
 @pytest.mark.parametrize("adaptation", ["full", "split", "lora"])
-def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, adaptation):
+def test_a_stop_changes_no_byte(tiny_folder, tmp_path, adaptation):
     def go(name, resume=False):
         tuned = accord.train_sft(
             Policy.load(str(tiny_folder), "float32"), EXAMPLES, out=tmp_path / name, validation=EXAMPLES[:3], resume=resume,
@@ -286,19 +285,8 @@ def test_a_stop_changes_no_byte(tiny_folder, tmp_path, monkeypatch, adaptation):
 
     whole, weights = go("whole")
     assert whole.steps == 5 and whole.after["loss"] < whole.before["loss"]
-    step, count = State.step, 0
-
-    def stop_at(self, *of):
-        nonlocal count
-        count += 1
-        progress._Stop.requested = count == 3
-        return step(self, *of)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "step", stop_at)
-        with pytest.raises(Interrupted, match="Training is saved"):
-            go("cut")
-    progress._Stop.requested = False
+    with stopped_at(3), pytest.raises(Interrupted, match="Training is saved"):
+        go("cut")
     again, others = go("cut", resume=True)
     assert (again.before, again.after, again.steps) == (whole.before, whole.after, 5)
     assert all(torch.equal(weights[n], others[n]) for n in weights)

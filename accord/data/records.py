@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+Row = TypeVar("Row")
 Content = str | list[dict[str, str]]
 SPLITS = ("train", "validation", "heldout")
 SELDOM = ("ratings", "flags", "note", "decision")
@@ -154,3 +155,13 @@ def split_of(prompt_id: str, validation: float = 0.1, heldout: float = 0.25) -> 
     """
     place = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") / 2**64
     return "heldout" if place < heldout else "validation" if place < heldout + validation else "train"
+
+
+def hold_out(rows: Sequence[Row], name: Callable[[Row], str], least: int, most: int | None = None) -> tuple[list[Row], list[Row]]:
+    """What is learned from and what is measured on: a tenth by id, ``most`` at most, and nothing if fewer than ``least`` would be left
+    to learn from."""
+    held = [row for row in rows if split_of(name(row), 0.1, 0.0) == "validation"]
+    kept = [row for row in rows if split_of(name(row), 0.1, 0.0) != "validation"]
+    if len(kept) < least:
+        return list(rows), []
+    return (kept, held) if most is None else (kept + held[most:], held[:most])

@@ -22,6 +22,7 @@ from accord.pretraining.tokens import Batch, Parts, Rows
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
+from accord.supervised.training import Task
 from accord.text.tokenizer import Tokenizer
 
 SPREAD = 0.02
@@ -53,7 +54,7 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     return -token_stats(states, model.output_matrix, batch.told, entropic=False).logprobs[: batch.own].sum()
 
 
-class Language:
+class Language(Task):
     """Minimise -log p of each token after those before it in its document, a mean over those of the whole optimizer step.
 
     The parts of documents are in a new order each epoch; a step takes as many as begin within its tokens.
@@ -74,9 +75,6 @@ class Language:
     @property
     def digests(self) -> Mapping[str, str]:
         return {"text": self._text, "validation": self._held_rows.digest}
-
-    def begin(self) -> None:
-        pass
 
     def parts_of(self, step: int) -> np.ndarray:
         """Numbers of the rows that a step takes: those whose first token is one of the step's own, counted from the start of training."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from accord.stories.grammar import Again, Depending, Hidden, Node, OneOf, Text, Word, readings, sequence
@@ -50,7 +51,6 @@ REPLIES = ("You speak well", "I was hoping to hear that", "That is how I feel to
 FOUND = ("apple", "bell", "blanket", "candle", "coin", "drum", "feather", "honey jar", "key", "lantern", "loaf of bread", "map", "nut", "pear", "ribbon", "silver spoon")  # fmt: skip
 WHERE = ("in the grass", "under a leaf", "beside the road", "in a hollow stump")
 AFTER = ("slept well", "smiled for days", "felt warm inside", "became friends")
-ENDINGS = ("kind", "selfish", "plain")
 
 _name, _animal, _found = Again("name", NAMES), Again("animal", ANIMALS), Again("found", FOUND)
 _other = Again("other", OTHERS)
@@ -65,9 +65,9 @@ def _scenes(count: int) -> Node:
     return sequence(*[scene] * count)
 
 
-def _said(mood: str) -> Node:
-    speak = [sequence(' "', Word(MOODS[mood]["says"]), '," said ', _name, '. "', Word(REPLIES), '," said the ', _other, ".")]
-    return OneOf({"yes": speak[0], "no": Text("")}, "speech")
+def _speech() -> Node:
+    said = sequence(' "', _of_mood("says"), '," said ', _name, '. "', Word(REPLIES), '," said the ', _other, ".")
+    return OneOf({"yes": said, "no": Text("")}, "speech")
 
 
 STORY = sequence(
@@ -78,7 +78,7 @@ STORY = sequence(
     }),
     OneOf({str(n): _scenes(n) for n in (1, 2, 3)}, "scenes"),
     " One day ", _name, " met a ", Word(OTHERS, "other"), " who ", Word(TRAITS), ".",
-    Depending("mood", {mood: _said(mood) for mood in MOODS}),
+    _speech(),
     OneOf({
         "they": sequence(" They found a ", Word(FOUND, "found"), " ", Word(WHERE), "."),
         "name": sequence(" ", _name, " found a ", Word(FOUND, "found"), " ", Word(WHERE), "."),
@@ -141,19 +141,23 @@ def stories(count: int, seed: int = 0) -> Iterator[str]:
 
 def ask(wish: Wish, luck: random.Random) -> str:
     """A wish in words."""
-    place = f" that lives {wish.place}" if wish.place else ""
-    return luck.choice(ASKING).format(mood=wish.mood, animal=wish.animal, place=place)
+    return _in_words(luck.choice(ASKING), wish)
 
 
 def read_wish(text: str) -> Wish | None:
     """The wish behind :func:`ask`'s words; None if they are not its."""
-    for mood in MOODS:
-        for animal in ANIMALS:
-            for place in ("", *PLACES):
-                words = f" that lives {place}" if place else ""
-                if any(text == form.format(mood=mood, animal=animal, place=words) for form in ASKING):
-                    return Wish(mood, animal, place)
-    return None
+    return _asked().get(text)
+
+
+@cache
+def _asked() -> dict[str, Wish]:
+    """Every wish in every words."""
+    every = [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
+    return {_in_words(form, wish): wish for wish in every for form in ASKING}
+
+
+def _in_words(form: str, wish: Wish) -> str:
+    return form.format(mood=wish.mood, animal=wish.animal, place=f" that lives {wish.place}" if wish.place else "")
 
 
 def wishes(count: int, seed: int = 0) -> Iterator[tuple[Wish, str, str]]:

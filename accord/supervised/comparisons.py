@@ -15,11 +15,12 @@ from accord.data.records import Completion, PairGroup
 from accord.errors import UserError
 from accord.nn.budget import TokenBudget
 from accord.nn.loading import Model
-from accord.progress import bar, console, safe_point, several, track
+from accord.progress import bar, safe_point, track
 from accord.rollout.engine import encode_named
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, from_completions
 from accord.rollout.scoring import score_states, states_of
+from accord.supervised.lengths import fitting
 
 
 def sequence_logprobs(model: Model, rollout: Rollout) -> Tensor:
@@ -67,20 +68,8 @@ class Comparisons:
         found = [judge(policy, group) for group in track(groups, f"Encoding {what}", len(groups)) if group.pairs]
         if not found:
             raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
-        if max_tokens is not None:
-            fitting = [one for one in found if one.longest <= max_tokens]
-            if len(fitting) < len(found):
-                console.print(f"{several(len(found) - len(fitting), 'prompt')} of {len(found)} of the {what} are longer, with a completion, than {max_tokens} tokens and left out.", soft_wrap=True)  # fmt: skip
-            found = fitting
-        if not found:
-            raise UserError(f"There are no {what} that are short enough; raise --max-tokens.")
-        longest = max(found, key=lambda one: one.longest)
-        if longest.longest > policy.context:
-            over = sum(one.longest > policy.context for one in found)
-            raise UserError(
-                f"{over} of {several(len(found), 'prompt')} exceed, with a completion, the model's context of {policy.context} tokens, such as "
-                f"'{longest.group.prompt.id}' with {longest.longest}; shorten them, or leave them out with --max-tokens {policy.context}."
-            )
+        told = f"prompts of the {what}, each with its longest completion,"
+        found = fitting(found, lambda one: one.longest, lambda one: one.group.prompt.id, max_tokens, policy.context, told)
         self._set(found, policy)
 
     def _set(self, judged: Sequence[Judged], policy: Policy) -> None:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from accord.data.records import Example, Prompt
 from accord.errors import UserError
-from accord.progress import console, track
+from accord.progress import track
 from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, Row, from_rows
+from accord.supervised.lengths import fitting
 from accord.text.chats import Part, encode_chat
 from accord.text.tokenizer import Tokenizer
 
@@ -64,20 +65,7 @@ class Encoded:
 
     def __init__(self, policy: Policy, examples: Sequence[Example], max_tokens: int | None, what: str = "examples") -> None:
         rows = [encode_example(policy.tokenizer, example) for example in track(examples, f"Encoding {what}", len(examples))]
-        if max_tokens is not None:
-            fitting = [row for row in rows if len(row.tokens) <= max_tokens]
-            if len(fitting) < len(rows):
-                console.print(f"{len(rows) - len(fitting)} of {len(rows)} {what} are longer than {max_tokens} tokens and are left out.")
-            rows = fitting
-        if not rows:
-            raise UserError(f"There are no {what} that are short enough; raise --max-tokens.")
-        longest = max(rows, key=lambda row: len(row.tokens))
-        if len(longest.tokens) > policy.context:
-            over = sum(len(row.tokens) > policy.context for row in rows)
-            raise UserError(
-                f"{over} of {len(rows)} {what} exceed the model's context of {policy.context} tokens, such as '{longest.id}' with "
-                f"{len(longest.tokens)}; shorten them, or leave them out with --max-tokens {policy.context}."
-            )
+        rows = fitting(rows, lambda row: len(row.tokens), lambda row: row.id, max_tokens, policy.context, what)
         self._set(rows, policy)
 
     def _set(self, rows: list[Encoding], policy: Policy) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from accord.rollout.rollout import Rollout
 from accord.rollout.scoring import score_states, states_of
 from accord.supervised.examples import Encoded
 from accord.supervised.settings import SFTSettings
+from accord.supervised.training import Task
 
 AT_ONCE = 64  # examples that are measured together
 
 
-class Imitation:
+class Imitation(Task):
     """Minimise -log p of the tokens that count, a mean over those of the whole optimizer step."""
 
     name = "SFT"
@@ -32,12 +32,6 @@ class Imitation:
     @property
     def digests(self) -> Mapping[str, str]:
         return {"examples": self.train.digest, "validation": self.heldout.digest if self.heldout is not None else ""}
-
-    def begin(self) -> None:
-        pass
-
-    def show(self, policy: Policy, step: int) -> list[Mapping[str, Any]]:
-        return []
 
     def accumulate(self, policy: Policy, step: int, tokens: int) -> dict[str, float]:
         rollout = self.train.rollout(in_turn(len(self.train), step, self._settings.examples_per_step, self._settings.seed))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from accord.nn.budget import TokenBudget
 from accord.rollout.policy import Policy
 from accord.supervised.comparisons import Comparisons, sequence_logprobs
 from accord.supervised.settings import PreferenceSettings
+from accord.supervised.training import Task
 
 ALONE = ("orpo", "simpo")
 """Losses that know no reference."""
@@ -89,7 +90,7 @@ def completion_losses(of: Logprobs, labels: Tensor, z: float, settings: Preferen
     return torch.where(labels > 0, good, torch.where(labels < 0, bad, torch.zeros_like(r)))
 
 
-class Preference:
+class Preference(Task):
     """Minimise the mean over prompts, times their weights, of the weighted mean over a prompt's pairs (KTO: completions) of the loss.
 
     Args:
@@ -117,9 +118,6 @@ class Preference:
             budget = TokenBudget(self.settings.micro_batch_tokens)
             self._reference = self.train.logprobs(self._start.model, budget, "Reference")
             self._held = self.heldout.logprobs(self._start.model, budget, "Reference, held out") if self.heldout is not None else None
-
-    def show(self, policy: Policy, step: int) -> list[Mapping[str, Any]]:
-        return []
 
     def accumulate(self, policy: Policy, step: int, tokens: int) -> dict[str, float]:
         numbers = in_turn(len(self.train), step, self.settings.prompts_per_step, self.settings.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ class Recorder(Protocol):
     def latest(self) -> Saved | None: ...
 
 
-class Task(Protocol):
+class Task(ABC):
     """What is learned, from what, and how well.
 
     Attributes:
@@ -39,18 +40,22 @@ class Task(Protocol):
     steps: int
 
     @property
+    @abstractmethod
     def digests(self) -> Mapping[str, str]:
         """Of everything it is learned from; ``validation`` is what it is measured on."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 (most need nothing)
         """What is to be computed once, before the first step."""
 
+    @abstractmethod
     def accumulate(self, policy: Policy, step: int, tokens: int) -> dict[str, float]:
         """Add up the gradient of a step's loss in micro-batches of so many tokens; returns its ``loss`` and what else is to be told."""
 
     def show(self, policy: Policy, step: int) -> Sequence[Mapping[str, Any]]:
         """Completions to look at, as rows of ``completions.jsonl``; asked for when something is measured."""
+        return []
 
+    @abstractmethod
     def measure(self, policy: Policy, budget: TokenBudget) -> dict[str, float]:
         """``loss`` and what else is measured on what is held out; nothing where nothing is."""
 
