@@ -38,6 +38,7 @@ ALONE = {
     "floor": "How far above the machine's floor accord is",
     "share": "Where an iteration's time goes",
     "growth": "How accord grows",
+    "curves": "The same learning curve with and without accord's kernels",
 }
 
 PPO = dict(prompts_per_step=32, completions_per_prompt=1, epochs=4, minibatches=2)
@@ -132,7 +133,7 @@ def measure(script, task, model):
     ours = script == "ours.py"
     environment = {**os.environ, "PYTHONPATH": str(OLD) if script in BY_OLD else "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
     if ours:
-        environment["PYTHONPATH"] = str(ROOT)
+        environment |= {"PYTHONPATH": str(ROOT), "ACCORD_NATIVE": "1" if task.get("kernels", True) else "0"}
     python = sys.executable if ours else str(VLLM if script == BY_VLLM else PYTHON)
     command = [python, str(ROOT / "bench" / script), str(HOME / "task.json")]
     (HOME / "task.json").write_text(json.dumps({**task, "model": model}))
@@ -266,6 +267,8 @@ def main():
             lines = alone.floor(run, steps, alone.medians(ppo, top, "parts"), alone.medians(ppo, full, "parts"))
         elif name == "reach":
             lines = reach.lines(measure, model)
+        elif name == "curves":
+            lines = alone.curves(run, reach.tasks(model)[0])
         else:
             lines = {"growth": alone.growth, "share": alone.share}[name](run)
         results[name] = {"title": title, "lines": lines, "when": f"{datetime.date.today().isoformat()}, accord at {commit()}"}

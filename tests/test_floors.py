@@ -8,7 +8,7 @@ import accord
 ROOT = Path(accord.__file__).parent
 # From the ground up. Modules of one tuple are one floor's folder or file; a later one may import earlier ones.
 FLOORS = [
-    "errors", "progress", "disk", "checkpoints", "nn", "optimizer", "text", "data", "stories", "rollout", "supervised", "pretraining", "reward", "rl", "feedback", "evaluation", "inside",
+    "errors", "progress", "disk", "checkpoints", "nn", "optimizer", "service", "text", "data", "stories", "rollout", "supervised", "pretraining", "reward", "rl", "feedback", "evaluation", "inside",
     "runs", "config", "stages", "plan", "api", "tuning", "beginning", "pipeline", "commands", "cli", "__main__",
 ]  # fmt: skip
 ALLOWED_AT_ANY_FLOOR = {"accord"}  # the package itself, for its version

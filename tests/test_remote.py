@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from accord import progress
+from accord import service as service_module
 from accord.errors import Interrupted, UserError
 from accord.reward.remote import RemoteSource
 from accord.reward.sources import build_reward
@@ -81,8 +82,8 @@ class Service:
 @pytest.fixture
 def service(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(RemoteSource, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(RemoteSource, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(service_module.Service, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(service_module.Service, "LONGEST_WAIT", 0.1)
     service = Service()
     yield service
     service.close()
@@ -188,18 +189,18 @@ def test_answers_are_kept_over_processes_and_by_service(service, rollout):
 
 def test_an_outage_is_waited_for_and_rejects_nothing(service, rollout, monkeypatch, capsys):
     """Three requests fail with all their attempts; then the service is left alone, and asked once after each rest."""
-    monkeypatch.setattr(RemoteSource, "REST", 0.3)
-    service.script = [503] * (3 * RemoteSource.ATTEMPTS + 2)
+    monkeypatch.setattr(service_module.Service, "REST", 0.3)
+    service.script = [503] * (3 * service_module.Service.ATTEMPTS + 2)
     source, clock = RemoteSource(service.url), time.monotonic()
     assert source.score(rollout) == lengths(rollout) and not source.rejects
-    assert service.requests == 3 * RemoteSource.ATTEMPTS + 3 and time.monotonic() - clock > 3 * 0.3
+    assert service.requests == 3 * service_module.Service.ATTEMPTS + 3 and time.monotonic() - clock > 3 * 0.3
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("is down") == 1 and "answered 503" in out and "answers again" in out
 
 
 def test_an_outage_that_does_not_end_is_a_sentence(service, rollout, monkeypatch):
-    monkeypatch.setattr(RemoteSource, "OUTAGE", 0.5)
-    monkeypatch.setattr(RemoteSource, "REST", 0.2)
+    monkeypatch.setattr(service_module.Service, "OUTAGE", 0.5)
+    monkeypatch.setattr(service_module.Service, "REST", 0.2)
     service.script = [503] * 10**3
     with pytest.raises(UserError, match=r"answered 503.*Nothing is lost"):
         RemoteSource(service.url).score(rollout)
@@ -235,8 +236,8 @@ def test_a_damaged_cache_is_said_and_not_believed(service, rollout, tmp_path, ca
 
 
 def test_a_stop_does_not_wait_for_a_service(service, rollout, monkeypatch):
-    monkeypatch.setattr(RemoteSource, "FIRST_WAIT", 60.0)
-    monkeypatch.setattr(RemoteSource, "LONGEST_WAIT", 60.0)
+    monkeypatch.setattr(service_module.Service, "FIRST_WAIT", 60.0)
+    monkeypatch.setattr(service_module.Service, "LONGEST_WAIT", 60.0)
     source = RemoteSource(service.url)
     service.script = [{"Retry-After": "60"}]
     threading.Timer(0.3, lambda: setattr(progress._Stop, "requested", True)).start()
@@ -251,7 +252,7 @@ def test_a_stop_does_not_wait_for_a_service(service, rollout, monkeypatch):
 
 def test_a_resumed_run_pays_nothing_twice(service, tiny, prompts, tmp_path, monkeypatch):
     """The service goes down in the third step; what it has answered by then is not asked again."""
-    monkeypatch.setattr(RemoteSource, "OUTAGE", 0.0)
+    monkeypatch.setattr(service_module.Service, "OUTAGE", 0.0)
     settings = RLSettings(
         top_layers=2, prompts_per_step=4, completions_per_prompt=8, max_new_tokens=6, max_steps=4, checkpoint_every=10, dtype="float32"
     )
