@@ -107,7 +107,7 @@ def share(measure):
     return [*lines, "", "By torch's profiler and a clock around accord's own kernels; attention includes laying heads out in rows and collecting them."]  # fmt: skip
 
 
-def curves(measure, task, seeds=(0, 1, 2), steps=14):
+def curves(measure, task, seeds=(0, 1, 2), steps=10):
     """A Markdown section: the demo's PPO with accord's kernels and with torch alone, score and KL every second step.
 
     ``task``: what the case ``reach`` gives accord.

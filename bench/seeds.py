@@ -26,6 +26,10 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def machine() -> str:
+    return f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {version('torch')}"
+
+
 @dataclass(frozen=True)
 class Run:
     """What a seed's folder says."""
@@ -75,8 +79,7 @@ class Seeds:
         columns = [self.column(Run(self.folder(seed))) for seed in seeds]
         lines = [f"| {self.heading} | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---|" + "---|" * len(seeds)]
         lines += [f"| {name} | " + " | ".join(c[name] for c in columns) + " |" for name in columns[0]]
-        machine = f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {version('torch')}"
-        return "\n".join([*lines, "", f"{self.below} {machine}. Made by `python {script} {' '.join(map(str, seeds))}`."])
+        return "\n".join([*lines, "", f"{self.below} {machine()}. Made by `python {script} {' '.join(map(str, seeds))}`."])
 
     def main(self, script: str) -> None:
         """Run what is missing of the seeds that the command line names, then write the table."""
