@@ -88,7 +88,8 @@ class Beginning:
             return Done(falls(tuned.before, tuned.after, "bits_per_byte", "bits a byte"), tuned.after, tokens)
         policy = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.pretrain.dtype)
         texts = self.told(policy, self.base.temperature)
-        parses, plain = share_of_stories(texts), share_of_stories(self.told(policy, 1.0))
+        parses = share_of_stories(texts)
+        plain = parses if self.base.temperature == 1 else share_of_stories(self.told(policy, 1.0))
         known, whole = set(read_texts(self.texts)), [text for text in texts if read_story(text)]
         new = sum(text not in known for text in whole) / max(1, len(whole))
         write_lines(self.run.folder / "stories.jsonl", ({"story": text} for text in texts))

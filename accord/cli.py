@@ -11,8 +11,8 @@ from typing import NoReturn
 from pydantic import BaseModel
 
 from accord import __version__
-from accord.commands import feedback, looking, recipes, training
-from accord.commands.options import Function
+from accord.commands import constitution, feedback, looking, recipes, training
+from accord.commands.options import Function, Subcommands
 from accord.config import add_options
 from accord.errors import Interrupted, UserError, did_you_mean
 from accord.progress import console, orderly_stop
@@ -31,11 +31,15 @@ def check_words(parser: argparse.ArgumentParser, commands: Mapping[str, argparse
         return
     if words[0] not in commands:
         raise UserError(f"Unknown command '{words[0]}'.{did_you_mean(words[0], commands)} Commands: {', '.join(commands)}.")
-    known = [option for action in commands[words[0]]._actions for option in action.option_strings]
+    chosen = commands[words[0]]
+    own = next((action.choices for action in chosen._actions if isinstance(action, argparse._SubParsersAction)), None)
+    if own is not None:
+        return check_words(chosen, own, words[1:])
+    known = [option for action in chosen._actions for option in action.option_strings]
     for word in words[1:]:
         name = word.split("=")[0]
         if name.startswith("--") and name not in known:
-            raise UserError(f"Unknown option '{name}'.{did_you_mean(name, known)} See: {parser.prog} {words[0]} --help")
+            raise UserError(f"Unknown option '{name}'.{did_you_mean(name, known)} See: {chosen.prog} --help")
 
 
 def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -43,19 +47,22 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     parser.add_argument("--version", action="version", version=f"accord {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Function, text: str, example: str, *kinds: type[BaseModel]) -> Parser:
-        sub: Parser = commands.add_parser(
+    def command(
+        name: str, function: Function | None, text: str, example: str, *kinds: type[BaseModel], under: Subcommands | None = None
+    ) -> Parser:
+        sub: Parser = (under or commands).add_parser(
             name, help=text, description=text, epilog=f"Example:\n  {example}", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.set_defaults(function=function)
+        if function is not None:
+            sub.set_defaults(function=function)
         if kinds:
             sub.add_argument("--config", metavar="FILE", help="YAML file of the settings below; options on the command line win")
         for kind in kinds:
             add_options(sub.add_argument_group("settings"), kind)  # type: ignore[arg-type]
         return sub
 
-    for family in (recipes, feedback, training, looking):
+    for family in (recipes, feedback, training, constitution, looking):
         family.add(command)
     return parser, commands.choices
 

@@ -69,6 +69,9 @@ class Service:
 
     def __init__(self, what: str, url: str, token: str, timeout: float) -> None:
         self.name, self.url, self.timeout, self._token = f"{what} '{url}'", url, timeout, token
+        self._lock = threading.Lock()
+        self._failures, self._next, self._cause = 0, 0.0, ""  # requests in a row that failed; when the next may be made; why
+        self._since: float | None = None  # when the first of them began
         try:
             parts = urllib.parse.urlsplit(url)
             _ = parts.port, url.encode("ascii"), (parts.hostname or "").encode("idna")
@@ -81,32 +84,60 @@ class Service:
             raise UserError(f"{token} has characters that no header may hold (a line end?); set it again.")
 
     def ask_or_wait(self, question: Any) -> Any:
-        """:meth:`ask`, over outages of the service.
+        """:meth:`ask`, over outages of the service, which all threads wait for together: one of them asks whether it is over.
 
         Raises:
             Refused: the service is there and does not like the question, or its answer cannot be used.
             UserError: the outage does not end.
         """
-        since, failed = time.monotonic(), 0
         while True:
+            attempts = self._turn()
+            begun = time.monotonic()
             try:
-                answer = self.ask(question, self.ATTEMPTS if failed < self.BREAK else 1)
+                answer = self.ask(question, attempts)
             except Unanswered as again:
-                failed += 1
-                waited = time.monotonic() - since
-                if waited >= self.OUTAGE:
-                    raise UserError(
-                        f"{self.name} {again.cause}, for {waited / 60:.0f} minutes now. Nothing is lost: what it has answered is "
-                        "kept. Go on when it is back."
-                    ) from None
-                if failed == self.BREAK:
-                    console.print(f"[bold yellow]{escape(self.name)} is down[/] ({escape(again.cause)}). It is asked again every {self.REST:g} s; stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
-                if failed >= self.BREAK:
-                    self._sleep(self.REST)
+                self._failed(again.cause, begun)
                 continue
-            if failed >= self.BREAK:
-                console.print(f"{escape(self.name)} answers again.", soft_wrap=True)
+            except Refused:
+                self._there()
+                raise
+            self._there()
             return answer
+
+    def _turn(self) -> int:
+        """How often this thread may try now; while the service is left alone it waits."""
+        while True:
+            with self._lock:
+                if self._failures < self.BREAK:
+                    return self.ATTEMPTS
+                self._check_outage()
+                left = self._next - time.monotonic()
+                if left <= 0:
+                    self._next = time.monotonic() + self.timeout + self.REST  # this thread asks; the others wait for what it finds
+                    return 1
+            self._sleep(min(left, 1.0))
+
+    def _failed(self, cause: str, begun: float) -> None:
+        with self._lock:
+            self._cause, self._failures = cause, self._failures + 1
+            self._since = begun if self._since is None else min(self._since, begun)
+            self._next = time.monotonic() + self.REST
+            self._check_outage()
+            if self._failures == self.BREAK:
+                console.print(f"[bold yellow]{escape(self.name)} is down[/] ({escape(cause)}). It is asked again every {self.REST:g} s; stop with Ctrl-C.", soft_wrap=True)  # fmt: skip
+
+    def _there(self) -> None:
+        with self._lock:
+            if self._failures >= self.BREAK:
+                console.print(f"{escape(self.name)} answers again.", soft_wrap=True)
+            self._failures, self._since = 0, None
+
+    def _check_outage(self) -> None:
+        waited = time.monotonic() - (self._since if self._since is not None else time.monotonic())
+        if self._since is not None and waited >= self.OUTAGE:
+            raise UserError(
+                f"{self.name} {self._cause}, for {waited / 60:.0f} minutes now. Nothing is lost: what it has answered is kept. Go on when it is back."
+            )
 
     def ask(self, question: Any, attempts: int) -> Any:
         """The JSON that answers a request, tried several times.
@@ -200,7 +231,7 @@ class Answers:
 
     def __init__(self, path: Path, url: str, what: str) -> None:
         self._url, self._what, self._database = url, what, None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
@@ -217,10 +248,10 @@ class Answers:
                 return [None] * len(keys)
             try:
                 found = [self._database.execute("SELECT answer FROM given WHERE question = ?", (key,)).fetchone() for key in keys]
-            except sqlite3.Error as error:
+                return [None if row is None else (json.loads(row[0]),) for row in found]
+            except (sqlite3.Error, ValueError, TypeError) as error:
                 self._without(None, error)
                 return [None] * len(keys)
-        return [None if row is None else (json.loads(row[0]),) for row in found]
 
     def keep(self, answered: Iterable[tuple[Any, Any]]) -> None:
         """Questions with their answers."""
@@ -236,12 +267,13 @@ class Answers:
                 self._without(None, error)
 
     def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
 
     def _key(self, question: Any) -> bytes:
-        return hashlib.sha256(json.dumps([self._url, question]).encode()).digest()
+        return hashlib.sha256(json.dumps([self._url, question], sort_keys=True).encode()).digest()
 
     def _without(self, path: Path | None, error: Exception) -> None:
         self.close()

@@ -113,7 +113,7 @@ def cases(quick):
 
 def peers(scripts):
     """The environments that these programs need, each made once."""
-    if not PYTHON.exists():
+    if not PYTHON.exists() and any(script.startswith("peers/") and script != BY_VLLM for script in scripts):
         print("Installing the peers into build/bench/peers (once)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(HOME / "peers")], check=True)
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", *PEERS], check=True)

@@ -3,15 +3,24 @@
     .venv/bin/python bench/preferred.py                    # needs runs/demo (make demo); runs what is missing under runs/
     .venv/bin/python bench/preferred.py 1e-5 1e-4 3e-4     # at these learning rates
 
-Both learn from the same rankings, in the same layers, and are measured on the same held-out prompts with the same luck.
+Both learn from the same rankings of the same prompts, in the same layers, and are measured on the same held-out prompts with the same luck. Minutes are
+from the models' loading to what is saved: of PPO those of its stages, reward model and rl.
 """
 
-import json
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import yaml
 from seeds import ROOT, Run, interval, machine
+
+from accord.data.pairs import group_pairs
+from accord.data.records import split_of
+from accord.data.sources import read_completions, read_rankings
+from accord.disk import read_lines, write_lines
+from accord.feedback.export import group_rows
 
 DEMO, PAGE, SCRIPT = ROOT / "runs/demo", ROOT / "docs/prefer.md", "bench/preferred.py"
 START, END = f"<!-- numbers: {SCRIPT} writes this part -->", "<!-- /numbers -->"
@@ -22,26 +31,35 @@ def accord(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "accord", *map(str, words)], check=True, cwd=ROOT)
 
 
-def tuned(rate: str, layers: int) -> Run:
-    """A run of DPO at this rate, measured as the demo was."""
+def tuned(rate: str, layers: int) -> tuple[Run, float]:
+    """A run of DPO at this rate, measured as the demo was; and the minutes that it took."""
     where = ROOT / f"runs/demo-dpo-{rate}"
-    if (where / "config.yaml").exists():
-        accord("resume", where)
-    else:
-        accord("prefer", "--completions", DEMO / "sampled.jsonl", "--rankings", DEMO / "rankings.jsonl", "--adaptation", "split",
-               "--top-layers", layers, "--learning-rate", rate, "--out", where)  # fmt: skip
+    if not (where / "minutes").exists():
+        shutil.rmtree(where, ignore_errors=True)
+        clock = time.perf_counter()
+        accord("prefer", "--pairs", pairs("train"), "--validation", pairs("validation"), "--adaptation", "split", "--top-layers", layers,
+               "--learning-rate", rate, "--out", where)  # fmt: skip
+        (where / "minutes").write_text(str((time.perf_counter() - clock) / 60))
     measured = ROOT / f"runs/demo-dpo-{rate}-evaluated"
     if not (measured / "evaluation.json").exists():
         held = where / "held.jsonl"
-        held.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "split"}) + "\n" for row in heldout()))
+        write_lines(held, ({k: v for k, v in row.items() if k != "split"} for row in prompts("heldout")))
         (where / "evaluation.yaml").write_text(yaml.safe_dump(recipe()["evaluation"]))
-        accord("evaluate", "--model", where / "policy", "--prompts", held, "--config", where / "evaluation.yaml", "--reward", DEMO / "reward", "--out", measured)
-    return Run(measured)
+        accord("evaluate", "--model", where / "policy", "--prompts", held, "--config", where / "evaluation.yaml", "--reward", DEMO / "reward", "--out", measured)  # fmt: skip
+    return Run(measured), float((where / "minutes").read_text())
 
 
-def heldout() -> list[dict]:
-    rows = [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["split"] == "heldout"]
+def pairs(split: str) -> Path:
+    """The pairs that the demo's reward model was trained on (``train``) or measured on (``validation``)."""
+    rankings = read_rankings(DEMO / "rankings.jsonl")
+    groups = group_pairs(read_completions(DEMO / "sampled.jsonl"), rankings, recipe()["reward"]["fail_weight"])
+    path = DEMO / f"pairs-{split}.jsonl"
+    write_lines(path, group_rows([g for g in groups if split_of(g.prompt.id) == split], rankings))
+    return path
+
+
+def prompts(split: str) -> list[dict]:
+    return [row for row in read_lines(DEMO / "prompts.jsonl") if row["split"] == split]
 
 
 def recipe() -> dict:
@@ -63,14 +81,12 @@ def main() -> None:
         row(f"PPO, {rl['max_steps']} steps, {rl['learning_rate']:g}; with its reward model", Run(DEMO).evaluation, (seconds["reward"] + seconds["rl"]) / 60),
     ]  # fmt: skip
     for rate in rates:
-        found = tuned(rate, rl["top_layers"])
-        history = [json.loads(line) for line in (ROOT / f"runs/demo-dpo-{rate}/timings.jsonl").read_text().splitlines()]
-        spent = sum(value for one in history for name, value in one.items() if name != "step")
-        lines.append(row(f"DPO, an epoch, {rate}", found.evaluation, spent / 60))
+        found, minutes = tuned(rate, rl["top_layers"])
+        lines.append(row(f"DPO, an epoch, {rate}", found.evaluation, minutes))
         print(lines[-1], flush=True)
     text = "\n".join([
         *lines, "",
-        f"Before → after, on {len(heldout())} held-out prompts, two completions each; 95% intervals over prompts. Both train the {rl['top_layers']} top layers. {machine()}. Made by `python {SCRIPT} {' '.join(rates)}`.",
+        f"Before → after, on {len(prompts('heldout'))} held-out prompts, two completions each; 95% intervals over prompts. Both train the {rl['top_layers']} top layers. {machine()}. Made by `python {SCRIPT} {' '.join(rates)}`.",
     ])  # fmt: skip
     head, rest = PAGE.read_text().split(START)
     PAGE.write_text(f"{head}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")

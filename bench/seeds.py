@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
+from accord.config import Recipe, build, load_yaml, recipe_text
+from accord.errors import GateMissed
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -70,10 +75,18 @@ class Seeds:
     def folder(self, seed: int) -> Path:
         return ROOT / "runs" / (self.name if seed == 0 else f"{self.name}-seed-{seed}")
 
-    def run(self, seed: int) -> None:
+    def run(self, seed: int) -> bool:
+        """Whether it passed all its gates."""
         where = self.folder(seed)
+        if where.exists():
+            found = yaml.safe_load((where / "config.yaml").read_text())["recipe"]
+            if found != build(Recipe, load_yaml(recipe_text(self.name), self.name), self.name).with_seed(seed).model_dump():
+                raise SystemExit(f"{where} is a run of another recipe than {self.name} is now; move it away.")
         command = ["resume", str(where)] if where.exists() else [*self.command, "--seed", str(seed), "--out", str(where)]
-        subprocess.run([sys.executable, "-m", "accord", *command], check=True, cwd=ROOT)
+        code = subprocess.run([sys.executable, "-m", "accord", *command], cwd=ROOT).returncode
+        if code not in (0, GateMissed.code):
+            raise SystemExit(code)
+        return code == 0
 
     def table(self, seeds: list[int], script: str) -> str:
         columns = [self.column(Run(self.folder(seed))) for seed in seeds]
@@ -84,8 +97,9 @@ class Seeds:
     def main(self, script: str) -> None:
         """Run what is missing of the seeds that the command line names, then write the table."""
         seeds = [int(a) for a in sys.argv[1:]] or [0, 1, 2]
-        for seed in seeds:
-            self.run(seed)
+        missed = [seed for seed in seeds if not self.run(seed)]
+        if missed:
+            raise SystemExit(f"Seeds {missed} missed a gate; the table is of runs that passed all, so none is written.")
         start, end = f"<!-- numbers: {script} writes this part -->", "<!-- /numbers -->"
         head, rest = self.page.read_text().split(start)
         table = self.table(seeds, script)

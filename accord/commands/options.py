@@ -22,14 +22,21 @@ BLOCKS = {"rl": "rl", "sft": "sft", "prefer": "prefer", "pretrain": "pretrain", 
 """Where a run's ``config.yaml`` has a command's settings."""
 
 
+Subcommands = Any
+"""What ``add_subparsers`` returns."""
+
+
 class Function(Protocol):
     def __call__(self, arguments: argparse.Namespace, /) -> None: ...
 
 
 class Command(Protocol):
-    """Adds a subcommand: its name, what carries it out, what it is for, an example, and the settings that are its options."""
+    """Adds a subcommand: its name, what carries it out (None: its own subcommands do), what it is for, an example, and the settings that are
+    its options. ``under``: whose subcommand it is, instead of accord's own."""
 
-    def __call__(self, name: str, function: Function, text: str, example: str, *kinds: type[BaseModel]) -> argparse.ArgumentParser: ...
+    def __call__(
+        self, name: str, function: Function | None, text: str, example: str, *kinds: type[BaseModel], under: Subcommands | None = None
+    ) -> argparse.ArgumentParser: ...
 
 
 def add_model(parser: argparse.ArgumentParser, text: str = "{}") -> None:

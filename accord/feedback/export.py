@@ -133,7 +133,7 @@ def group_rows(groups: Sequence[PairGroup], rankings: Iterable[Ranking]) -> Iter
     """A row a prompt. ``fails``: how many labelers marked a completion ``F``; ``rankings``: how many there are, by criterion."""
     by_prompt = rankings_by_prompt(rankings)
     for group in groups:
-        own = by_prompt[group.prompt.id]
+        own = by_prompt.get(group.prompt.id, [])
         yield {
             **group.prompt.to_json(),
             "completions": [

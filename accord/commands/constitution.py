@@ -1,0 +1,156 @@
+"""Constitutional AI: principles, and feedback by models that judge by them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accord.commands.options import MODEL_HELP, Command
+from accord.constitution.principles import OURS
+from accord.disk import write_lines
+from accord.errors import UserError
+from accord.progress import console, several
+
+if TYPE_CHECKING:
+    from accord.constitution.judging import Judge
+
+JUDGE_HELP = f"the judge: {MODEL_HELP}; or the URL of an OpenAI-compatible service, such as https://host/v1 (key in ACCORD_JUDGE_KEY)"
+SHOWN = 3  # problems that are printed of many
+
+
+def add(command: Command) -> None:
+    """The commands of this family."""
+    top = command(
+        "constitution", None, "Principles by which a model judges answers, and the feedback that it gives by them.", "accord constitution check mine.yaml"
+    )  # fmt: skip
+    acts = top.add_subparsers(dest="act", metavar="COMMAND", required=True)
+
+    check = command(
+        "check",
+        do_check,
+        "What is wrong with a constitution, and how often each principle fires on a sample.",
+        "accord constitution check mine.yaml --completions completions.jsonl --judge smollm2-135m-instruct",
+        under=acts,
+    )
+    check.add_argument("constitution", nargs="?", default=OURS, help=f"a .yaml or .md file [{OURS}: accord's own]")
+    check.add_argument("--completions", metavar="FILE", help="answers to look at: completions of accord sample")
+    check.add_argument("--most", type=int, default=50, metavar="N", help="look at the first N of them [50]")
+    add_judge(check, required=False)
+
+    prefer = command(
+        "prefer",
+        do_prefer,
+        "AI feedback: a judge compares the completions of each prompt by principles, in both orders.",
+        "accord constitution prefer --completions completions.jsonl --judge smollm2-135m-instruct --out ai-pairs.jsonl",
+        under=acts,
+    )
+    prefer.add_argument("--completions", metavar="FILE", required=True, help="completions of accord sample, two or more a prompt")
+    prefer.add_argument("--constitution", default=OURS, metavar="FILE", help=f"a .yaml or .md file [{OURS}: accord's own]")
+    add_judge(prefer, required=True)
+    prefer.add_argument("--ensemble", type=int, default=1, metavar="N", help="principles that each prompt's answers are compared by [1]")
+    prefer.add_argument(
+        "--thinking", action="store_true", help="the judge thinks step by step first; verdicts are then clamped to 0.4 to 0.6, as the paper does"
+    )  # fmt: skip
+    prefer.add_argument("--clamp", type=float, metavar="C", help="keep probabilities within C and 1 - C [0.4 with --thinking, else off]")
+    prefer.add_argument("--seed", type=int, default=0, help="which principles are drawn [0]")
+    prefer.add_argument(
+        "--out", type=Path, required=True, help="file of soft pairs to write, new: for accord reward --pairs, accord prefer --pairs"
+    )
+    prefer.add_argument(
+        "--rankings", type=Path, metavar="FILE", help="also write rankings, for accord agreement and accord label --rankings"
+    )
+
+
+def add_judge(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--judge", required=required, help=JUDGE_HELP)
+    parser.add_argument("--judge-model", metavar="NAME", help="with a service: the model's name there")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="with a service: requests at once [8]")
+    parser.add_argument(
+        "--budget", type=int, metavar="TOKENS", help="with a service: stop after so many tokens; what was answered is kept [off]"
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="with a service: of a request [60]")
+
+
+def do_check(arguments: argparse.Namespace) -> None:
+    from accord.constitution.principles import check, read_constitution
+
+    found = check(arguments.constitution)
+    if found:
+        for problem in found[:-1]:
+            console.print(f"  {problem}", soft_wrap=True, markup=False)
+        raise UserError(f"{arguments.constitution}: {found[-1]}" + (f" ({len(found)} in all)" if len(found) > 1 else ""))
+    constitution = read_constitution(arguments.constitution)
+    console.print(
+        f"{constitution.label}: {several(len(constitution.principles), 'principle')}, nothing missing.", soft_wrap=True, markup=False
+    )
+    if bool(arguments.completions) != bool(arguments.judge):
+        raise UserError("How often principles fire is seen by a judge on a sample; give both --completions and --judge.")
+    if not arguments.completions:
+        return
+    from rich.table import Table
+
+    from accord.constitution.judging import firing
+    from accord.data.sources import read_completions
+
+    _at_least(arguments, most=1)
+    some = [c for group in read_completions(arguments.completions, with_tokens=False).values() for c in group][: arguments.most]
+    shares, trouble = firing(_judge(arguments), some, constitution)
+    shown = Table("principle", "weight", "priority", f"fires on, of {several(len(some), 'answer')}")
+    for p in constitution.principles:
+        shown.add_row(p.id, f"{p.weight:g}", str(p.priority), str(shares.get(p.id, "-")))
+    console.print(shown)
+    _tell(trouble)
+
+
+def do_prefer(arguments: argparse.Namespace) -> None:
+    from accord.constitution.judging import compare, rankings, soft_pairs
+    from accord.constitution.principles import read_constitution
+    from accord.data.sources import read_completions
+    from accord.feedback.export import group_rows
+
+    _at_least(arguments, ensemble=1)
+    clamp = arguments.clamp if arguments.clamp is not None else 0.4 if arguments.thinking else None
+    if clamp is not None and not 0 <= clamp < 0.5:
+        raise UserError(f"--clamp is {clamp:g}; it must be at least 0 and less than 0.5.")
+    for path in (arguments.out, arguments.rankings):
+        if path is not None and path.exists():
+            raise UserError(f"{path} already exists; choose another name or delete it.")
+    constitution = read_constitution(arguments.constitution)
+    groups = [group for group in read_completions(arguments.completions, with_tokens=False).values() if len(group) > 1]
+    if not groups:
+        raise UserError(f"{arguments.completions} has no prompt with two completions to compare; sample with --per-prompt 2 or more.")
+    found = compare(_judge(arguments), groups, constitution, arguments.ensemble, clamp, arguments.thinking, arguments.seed)
+    write_lines(
+        arguments.out,
+        (row | {"judge": found.judge, "rankings": {found.constitution: 1}} for row in group_rows(soft_pairs(groups, found), [])),
+    )
+    if arguments.rankings:
+        write_lines(arguments.rankings, (r.to_json() for r in rankings(groups, found)))
+    _tell(found.problems)
+    console.print(
+        f"{several(len(found.compared), 'comparison')} in {arguments.out}; liking for the first position: {found.position_bias} log-odds, cancelled by asking in both orders.",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def _judge(arguments: argparse.Namespace) -> Judge:
+    from accord.api import load
+    from accord.constitution.judges import judge_of
+
+    _at_least(arguments, concurrency=1)
+    service = {"concurrency": arguments.concurrency, "budget": arguments.budget, "timeout": arguments.timeout}
+    return judge_of(arguments.judge, arguments.judge_model, load, **service)
+
+
+def _at_least(arguments: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be {value} or more.")
+
+
+def _tell(problems: list[str]) -> None:
+    if problems:
+        console.print(f"[yellow]Nothing usable was said {len(problems)} times[/], such as:", soft_wrap=True)
+        for problem in problems[:SHOWN]:
+            console.print(f"  {problem}", soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Constitutional AI: principles, and models that judge answers by them."""

@@ -1,0 +1,421 @@
+"""Constitutions, and judges by them: a scripted service over real HTTP whose right answers are known, and a policy against its own logits."""
+
+import json
+import math
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import yaml
+
+from accord import service as service_module
+from accord.cli import main
+from accord.constitution.judges import EndpointJudge, PolicyJudge, verdict_of
+from accord.constitution.judging import Question, Verdict, ask, compare, firing, rankings, soft_pairs
+from accord.constitution.principles import OURS, Constitution, Principle, check, problems, read_constitution
+from accord.data.records import Completion, Prompt
+from accord.data.sources import read_pairs, read_rankings
+from accord.disk import write_lines
+from accord.errors import UserError
+
+GOOD = {"id": "kind", "critique": "Point out what is unkind.", "revision": "Be kind.", "comparison": "Which is kinder?"}
+WHOLE = {
+    "name": "mine",
+    "version": 1,
+    "principles": [GOOD, {**GOOD, "id": "brief", "comparison": "Which is briefer?", "weight": 3, "priority": -1}],
+}
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def group(name, *texts):
+    prompt = Prompt(name, f"Say something, {name}.")
+    return [Completion(prompt, text, True, k) for k, text in enumerate(texts)]
+
+
+def constitution(*principles):
+    return Constitution("test", "1", principles or (Principle("kind", "c", "r", "Which is kinder?"),))
+
+
+# Principles
+
+
+def test_ours_is_whole():
+    assert check(OURS) == []
+    ours = read_constitution()
+    assert len(ours.principles) >= 12 and len({p.id for p in ours.principles}) == len(ours.principles)
+    for word in ("harm", "truthful", "helpful", "privacy", "refusal"):
+        assert any(word in p.id for p in ours.principles), word
+
+
+def test_yaml_and_markdown_say_the_same(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(WHOLE))
+    parts = "\n".join(
+        f"## {p['id']}\n\nFor readers only.\n\nCritique: {p['critique']}\n\nRevision: {p['revision'][:3]}\n{p['revision'][3:]}\n\n"
+        f"**Comparison:** {p['comparison']}\n\nweight: {p.get('weight', 1)}\npriority: {p.get('priority', 0)}\n"
+        for p in WHOLE["principles"]
+    )
+    (tmp_path / "a.md").write_text(f"---\nname: mine\nversion: 1\n---\n\n# Mine\n\n{parts}")
+    one, other = read_constitution(tmp_path / "a.yaml"), read_constitution(tmp_path / "a.md")
+    assert one == other and one.digest == other.digest and [p.weight for p in one.principles] == [1, 3]
+    assert one.label == f"constitution mine 1 ({one.digest})"
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump({**WHOLE, "principles": [{**GOOD, "critique": "Another."}, WHOLE["principles"][1]]}))
+    assert read_constitution(tmp_path / "b.yaml").digest != one.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": None}, "has no name"),
+        ({"version": ""}, "has no version"),
+        ({"principles": []}, "has no principles"),
+        ({"principals": 1}, "Did you mean 'principles'"),
+        ({"principles": ["be good"]}, "principle 1 is a str"),
+        ({"principles": [{**GOOD, "id": " "}]}, "principle 1 has no id"),
+        ({"principles": [GOOD, GOOD]}, "principle 2 ('kind') has the id of principle 1"),
+        ({"principles": [{k: v for k, v in GOOD.items() if k != "comparison"}]}, "('kind') has no comparison; write a question"),
+        ({"principles": [{**GOOD, "critique": ""}]}, "('kind') has no critique"),
+        ({"principles": [{**GOOD, "comparison": "Choose."}]}, "is no question"),
+        ({"principles": [{**GOOD, "weight": 0}]}, "its weight is 0"),
+        ({"principles": [{**GOOD, "weight": float("nan")}]}, "its weight is nan"),
+        ({"principles": [{**GOOD, "priority": "high"}]}, "its priority is 'high'"),
+        ({"principles": [{**GOOD, "wieght": 2}]}, "Did you mean 'weight'"),
+    ],
+)
+def test_what_is_missing_is_told(tmp_path, capsys, change, said):
+    raw = {**WHOLE, **change}
+    assert sum(said in problem for problem in problems(raw)) == 1 and problems(WHOLE) == []
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        read_constitution(tmp_path / "c.yaml")
+    assert main(["constitution", "check", str(tmp_path / "c.yaml")]) == 2
+    out, error = capsys.readouterr()
+    assert said in " ".join((out + error).split())
+
+
+def test_a_heading_is_missing(tmp_path):
+    (tmp_path / "c.md").write_text("# Mine\n\n## kind\n")
+    with pytest.raises(UserError, match="does not begin with name and version"):
+        read_constitution(tmp_path / "c.md")
+    with pytest.raises(UserError, match="does not exist"):
+        read_constitution(tmp_path / "d.md")
+
+
+def test_principles_are_drawn_by_weight_and_the_most_important_last():
+    of = constitution(
+        *(Principle(name, "c", "r", "q?", weight, priority) for name, weight, priority in (("a", 1, 5), ("b", 2, 0), ("c", 5, 9)))
+    )
+    first = Counter(of.draw(str(i), 1)[0].id for i in range(8000))
+    for name, share in (("a", 1 / 8), ("b", 2 / 8), ("c", 5 / 8)):
+        assert first[name] / 8000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 8000))
+    assert [p.id for p in of.draw("x", 3)] == ["b", "a", "c"] and of.draw("x", 2) == of.draw("x", 2)
+    assert Counter(p.id for p in of.draw("x", 7)).most_common()[-1][1] == 2  # none a third time before all came twice
+    assert any(of.draw(str(i), 1, seed=1) != of.draw(str(i), 1) for i in range(20))
+
+
+# Judging
+
+
+class Planted:
+    """Prefers the longer answer by its length, likes the first place by ``bias``; of ``mute`` questions it says nothing."""
+
+    name = "planted"
+
+    def __init__(self, bias=0.0, scale=0.1, mute=""):
+        self.bias, self.scale, self.mute = bias, scale, mute
+
+    def answer(self, questions):
+        out = []
+        for q in questions:
+            if self.mute and self.mute in q.text:
+                out.append(Verdict(None, "no idea"))
+                continue
+            first, second = q.text.split("\n(A) ")[1].split("\n\nAnswer")[0].split("\n\n(B) ")
+            sign = -1 if "briefer" in q.text else 1
+            x = sign * self.scale * (len(first) - len(second)) + self.bias
+            out.append(Verdict((math.log(sigma(x)), math.log(sigma(-x)))))
+        return out
+
+
+GROUPS = [group("p1", "aaaa", "aaaaaaaaaa", "aaaaaaa"), group("p2", "b" * 30, "b")]
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.7, -2.0])
+def test_a_liking_for_a_position_is_measured_and_cancelled(bias):
+    found = compare(Planted(bias), GROUPS, constitution())
+    assert [(c.prompt_id, c.first, c.second) for c in found.compared] == [("p1", 0, 1), ("p1", 0, 2), ("p1", 1, 2), ("p2", 0, 1)]
+    assert [c.probability for c in found.compared] == pytest.approx([sigma(-0.6), sigma(-0.3), sigma(0.3), sigma(2.9)])
+    assert found.position_bias.value == pytest.approx(bias)
+
+
+def test_an_ensemble_is_a_mean_and_a_clamp_a_clamp():
+    both = constitution(Principle("kind", "c", "r", "Which is kinder?"), Principle("brief", "c", "r", "Which is briefer?", 1.0, 1))
+    found = compare(Planted(0.4, 0.5), [group("p", "aaa", "a")], both, ensemble=2)
+    assert found.compared[0].probability == pytest.approx((sigma(1.0) + sigma(-1.0)) / 2) and found.compared[0].principles == (
+        "kind",
+        "brief",
+    )
+    clamped = compare(Planted(0.0, 0.1), GROUPS, constitution(), clamp=0.4)
+    assert [c.probability for c in clamped.compared] == pytest.approx([0.4, sigma(-0.3), sigma(0.3), 0.6])
+
+
+def test_soft_labels_are_cross_entropy(tmp_path):
+    found = compare(Planted(), GROUPS, constitution())
+    groups = soft_pairs(GROUPS, found)
+    r = {"p1": [0.3, -0.2, 0.5], "p2": [1.0, -1.0]}  # any rewards
+    for pairs in groups:
+        name = pairs.prompt.id
+        by_pairs = -sum(p.weight * math.log(sigma(r[name][p.preferred] - r[name][p.other])) for p in pairs.pairs)
+        d = [(c.probability, r[name][c.first] - r[name][c.second]) for c in found.compared if c.prompt_id == name]
+        assert by_pairs == pytest.approx(-sum(p * math.log(sigma(x)) + (1 - p) * math.log(sigma(-x)) for p, x in d))
+    given = rankings(GROUPS, found)
+    assert [r.ranks for r in given] == [(3, 1, 2), (1, 2)] and given[0].labeler == "ai:planted" and given[0].criterion == found.constitution
+
+
+def test_what_nothing_usable_was_said_of_costs_no_more_than_itself():
+    found = compare(Planted(mute="aaaaaaaaaa"), GROUPS, constitution())
+    assert [(c.first, c.second) for c in found.compared] == [(0, 2), (0, 1)] and len(found.problems) == 2 and "no idea" in found.problems[0]
+    assert [r.prompt_id for r in rankings(GROUPS, found)] == ["p2"]
+    with pytest.raises(UserError, match="said nothing usable of 4 comparisons, such as 'p1', kind: no idea"):
+        compare(Planted(mute="Say"), GROUPS, constitution())
+
+
+def test_how_often_a_principle_fires():
+    class Finds:
+        name = "finds"
+
+        def answer(self, questions):
+            out = []
+            for q in questions:
+                yes = "rude" in q.text.split("Assistant: ")[1].split("\n")[0] and "unkind" in q.text
+                first = q.text.split("(A) ")[1].startswith("Yes")
+                x = (2.0 if yes == first else -2.0) + 1.5  # likes (A)
+                out.append(Verdict((math.log(sigma(x)), math.log(sigma(-x)))))
+            return out
+
+    of = constitution(Principle("kind", "Point out what is unkind.", "r", "q?"), Principle("brief", "What is too long?", "r", "q?"))
+    shares, trouble = firing(Finds(), [*group("a", "rude words", "fine"), *group("b", "fine", "fine")], of)
+    assert shares["kind"].value == 0.25 and shares["brief"].value == 0.0 and not trouble
+
+
+# A policy as judge
+
+
+def test_a_policy_judges_by_its_own_log_probabilities(tiny):
+    question = ask(Prompt("p", [{"role": "user", "content": "hi"}]), "yes", "no", "Which?")
+    long = Question("x" * 500)
+    judge = PolicyJudge(tiny, "tiny")
+    (a, b), none = judge.answer([question])[0].logprobs, judge.answer([long, question])
+    t = tiny.tokenizer
+    start = t.encode_prompt([{"role": "user", "content": question.text}])
+    assert "(A) yes" in question.text and "(B) no" in question.text and question.text.index("hi") < question.text.index("Which?")
+    by_hand = []
+    for option in ("(A)", "(B)"):
+        ids = t.encode_plain(option)
+        logits = tiny.model(torch.tensor([[*start, *ids]]))[0].double().log_softmax(-1)
+        by_hand.append(sum(float(logits[len(start) + k - 1, i]) for k, i in enumerate(ids)))
+    total = torch.tensor(by_hand).logsumexp(0)
+    assert (a, b) == pytest.approx([float(x - total) for x in by_hand], abs=1e-4)
+    assert none[0].logprobs is None and "context of 128" in none[0].problem and none[1].logprobs == pytest.approx((a, b), abs=1e-5)
+
+
+# A service as judge
+
+
+class Service:
+    """Serves ``/v1/chat/completions``: prefers the longer answer, likes (A). ``script``: what the next requests get instead."""
+
+    def __init__(self, bias=0.5, logprobs=True):
+        self.bias, self.logprobs, self.script, self.questions, self.headers, self.bodies = bias, logprobs, [], 0, {}, []
+        self.now = self.most = 0
+        lock, service = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    service.headers, service.questions, service.now = dict(self.headers), service.questions + 1, service.now + 1
+                    service.most = max(service.most, service.now)
+                    service.bodies.append(body)
+                    what = service.script.pop(0) if service.script else None
+                time.sleep(0.01)
+                status, data = what if isinstance(what, tuple) else (200, json.dumps(what or service.answer(body)).encode())
+                with lock:
+                    service.now -= 1
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, body):
+        if body["max_tokens"] > 100:
+            return said("The first is (A), the second is (B). Longer is better.")
+        first, second = body["messages"][0]["content"].split("\n(A) ")[1].rsplit("\n\n", 1)[0].split("\n\n(B) ")
+        x = 0.1 * (len(first) - len(second)) + self.bias
+        letter = "A" if x > 0 else "B"
+        top = [
+            {"token": " A", "logprob": math.log(0.9 * sigma(x))},
+            {"token": "B", "logprob": math.log(0.9 * sigma(-x))},
+            {"token": "I", "logprob": -9.0},
+        ]
+        content = [
+            {"token": "(", "logprob": 0.0, "top_logprobs": [{"token": "(", "logprob": 0.0}]},
+            {"token": letter, "logprob": 0.0, "top_logprobs": top},
+        ]
+        return said(f"({letter})", {"content": content} if self.logprobs else None)
+
+
+def said(text, logprobs=None, **message):
+    return {
+        "choices": [{"message": {"role": "assistant", "content": text, **message}, "logprobs": logprobs}],
+        "usage": {"total_tokens": 50},
+    }
+
+
+@pytest.fixture
+def service(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(service_module.Service, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(service_module.Service, "LONGEST_WAIT", 0.05)
+    service = Service()
+    yield service
+    service.server.shutdown()
+    service.server.server_close()
+
+
+def test_the_whole_chain_gives_what_is_known(service, monkeypatch):
+    monkeypatch.setenv("ACCORD_JUDGE_KEY", "secret")
+    found = compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    assert [c.probability for c in found.compared] == pytest.approx([sigma(-0.6), sigma(-0.3), sigma(0.3), sigma(2.9)])
+    assert found.position_bias.value == pytest.approx(0.5) and service.questions == 8
+    assert service.headers["Authorization"] == "Bearer secret" and service.bodies[0]["model"] == "big"
+
+
+def test_the_key_is_written_nowhere(service, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCORD_JUDGE_KEY", "secret-key")
+    compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_no_more_requests_at_once_than_asked_for(service):
+    many = [group(f"p{i}", "a" * (i + 2), "b") for i in range(20)]
+    compare(EndpointJudge(service.url, "big", concurrency=3), many, constitution())
+    assert service.most == 3 and service.questions == 40
+
+
+def test_a_cut_loses_and_repays_nothing(service, monkeypatch):
+    monkeypatch.setattr(service_module.Service, "OUTAGE", 0.0)
+    service.script = [None] * 5 + [(503, b"busy")] * 1000
+    with pytest.raises(UserError, match=r"503.*Nothing is lost"):
+        compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+    service.script, service.bodies = [], []
+    judge = EndpointJudge(service.url, "big", concurrency=1)
+    found = compare(judge, GROUPS, constitution())
+    assert len(service.bodies) == 3 and judge.used == 150
+    assert [c.probability for c in found.compared] == pytest.approx([sigma(-0.6), sigma(-0.3), sigma(0.3), sigma(2.9)])
+    compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    assert len(service.bodies) == 3
+    compare(EndpointJudge(service.url, "other"), GROUPS, constitution())
+    assert len(service.bodies) == 11  # another model is another judge
+
+
+def test_a_budget_is_kept(service):
+    with pytest.raises(UserError, match="budget of 150 tokens is used up, after 3 requests"):
+        compare(EndpointJudge(service.url, "big", concurrency=1, budget=150), GROUPS, constitution())
+    assert service.questions == 3
+    compare(EndpointJudge(service.url, "big", budget=400), GROUPS, constitution())
+    assert service.questions == 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (said("Neither."), "neither (A) nor (B) alone, but 'Neither.'"),
+        (said("(A) and (B) are alike"), "neither (A) nor (B) alone"),
+        (said("A fine question"), "neither (A) nor (B) alone"),
+        (said(None, refusal="I will not judge."), "refused: I will not judge."),
+        (said(""), "without text"),
+        ({"choices": []}, "no choice"),
+        ({"error": "x"}, "no choice"),
+        ((200, b"<html>"), "not JSON"),
+        ((400, b"no such model"), "answered 400: no such model"),
+    ],
+)
+def test_what_cannot_be_used_is_told_and_costs_itself(service, answer, cause):
+    service.script = [answer]
+    found = compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+    assert len(found.compared) == 3 and len(found.problems) == 1 and cause in found.problems[0]
+
+
+def test_a_service_that_is_busy_is_asked_again(service):
+    service.script = [(503, b""), (429, b"")]
+    found = compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+    assert len(found.compared) == 4 and service.questions == 10
+
+
+def test_an_outage_is_waited_for_by_all_requests_together(service, monkeypatch, capsys):
+    monkeypatch.setattr(service_module.Service, "REST", 0.1)
+    service.script = [(503, b"")] * 40
+    found = compare(EndpointJudge(service.url, "big", concurrency=4), GROUPS, constitution())
+    assert len(found.compared) == 4 and service.questions == 48
+    told = capsys.readouterr().out
+    assert told.count("is down") == 1 and told.count("answers again") == 1
+
+
+def test_verdicts_by_hand():
+    top = lambda *pairs: [{"token": t, "logprob": x} for t, x in pairs]
+    choice = lambda text, token, listed: {
+        "message": {"content": text},
+        "logprobs": {"content": [{"token": token, "logprob": -0.1, "top_logprobs": listed}]},
+    }
+    a, b = verdict_of(choice("B", "B", top(("B", math.log(0.5)), (" B", math.log(0.1)), ("A", math.log(0.2)), ("x", -7.0)))).logprobs
+    assert (math.exp(a), math.exp(b)) == pytest.approx((0.25, 0.75))
+    a, b = verdict_of(choice("(A)", "A", top(("A", math.log(0.8)), ("x", math.log(0.1))))).logprobs  # B is not named: 0.1 at most
+    assert (math.exp(a), math.exp(b)) == pytest.approx((8 / 9, 1 / 9))
+    a, b = verdict_of({"message": {"content": "**(B)**"}}).logprobs  # no numbers
+    assert (math.exp(a), math.exp(b)) == pytest.approx((0.001, 0.999))
+
+
+def test_letters_without_numbers_cancel_where_they_contradict(service):
+    service.logprobs, service.bias = False, 100.0  # always the first
+    found = compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    assert [c.probability for c in found.compared] == pytest.approx([0.5] * 4) and found.position_bias.value == pytest.approx(math.log(999))
+
+
+def test_thinking_comes_first(service):
+    found = compare(EndpointJudge(service.url, "big", concurrency=1), [group("p", "aaa", "a")], constitution(), thinking=True, clamp=0.45)
+    assert found.compared[0].probability == pytest.approx(sigma(0.2)) and service.questions == 4
+    thought, decided = service.bodies[:2]
+    assert "logprobs" not in thought and [m["role"] for m in decided["messages"]] == ["user", "assistant", "user"]
+
+
+def test_the_command(service, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "c.jsonl", [c.to_json() for some in GROUPS for c in some])
+    words = ["constitution", "prefer", "--completions", "c.jsonl", "--judge", service.url, "--out", "ai.jsonl", "--rankings", "r.jsonl"]
+    assert main(words) == 2 and "--judge-model" in capsys.readouterr().err
+    assert main([*words, "--judge-model", "big", "--clamp", "0.5"]) == 2 and "--clamp is 0.5" in capsys.readouterr().err
+    assert main([*words, "--judge-model", "big"]) == 0
+    assert "4 comparisons in ai.jsonl; liking for the first position: 0.5" in " ".join(capsys.readouterr().out.split())
+    back = read_pairs("ai.jsonl")
+    assert [[p.weight for p in g.pairs] for g in back][1] == pytest.approx([sigma(2.9), sigma(-2.9)])
+    assert [r.labeler for r in read_rankings("r.jsonl")] == ["ai:big"] * 2
+    row = json.loads((tmp_path / "ai.jsonl").read_text().splitlines()[0])
+    assert row["judge"] == "big" and list(row["rankings"]) == [read_constitution().label]
+    assert main([*words, "--judge-model", "big"]) == 2 and "already exists" in capsys.readouterr().err
+    assert main(["constitution", "prefer", "--jugde", "x"]) == 2 and "Did you mean '--judge'" in capsys.readouterr().err
+    assert main(["constitution", "chek"]) == 2 and "Did you mean 'check'" in capsys.readouterr().err
+    assert main(["constitution", "check", "--completions", "c.jsonl"]) == 2 and "give both" in capsys.readouterr().err
+    assert main(["constitution", "check"]) == 0 and "nothing missing" in capsys.readouterr().out
