@@ -201,6 +201,8 @@ MUTANTS = [
     ("constitution/judging", "math.fsum(probabilities) / len(probabilities)", "probabilities[0]", "of an ensemble the first principle counts", "test_constitution.py", "ensemble"),
     ("constitution/principles", "math.log(luck.random() or 5e-324) / p.weight", "math.log(luck.random() or 5e-324)", "principles are drawn without their weights", "test_constitution.py", "drawn_by_weight"),
     ("constitution/judges", "next(told).double().log_softmax(0)", "next(told).double()", "a judge's options do not add up to 1", "test_constitution.py", "own_log_probabilities"),
+    ("constitution/revising", "request(drawn[i][k].revision)", "request(drawn[i][0].revision)", "every revision is by the first principle", "test_constitution.py", "chains_are"),
+    ("constitution/revising", "c.steps[k - 1].toxicity", "c.steps[-1].toxicity", "after each revision the score of the last", "test_constitution.py", "chains_are"),
 ]  # fmt: skip
 
 

@@ -13,11 +13,15 @@ import yaml
 
 from accord import service as service_module
 from accord.cli import main
+from accord.constitution import revising
+from accord.constitution.endpoint import Endpoint
 from accord.constitution.judges import EndpointJudge, PolicyJudge, verdict_of
 from accord.constitution.judging import Question, Verdict, ask, compare, firing, rankings, soft_pairs
 from accord.constitution.principles import OURS, Constitution, Principle, check, problems, read_constitution
+from accord.constitution.revising import curve, examples, revise, unwrapped
+from accord.constitution.writers import Asked, EndpointWriter, PolicyWriter
 from accord.data.records import Completion, Prompt
-from accord.data.sources import read_pairs, read_rankings
+from accord.data.sources import read_examples, read_pairs, read_rankings
 from accord.disk import write_lines
 from accord.errors import UserError
 
@@ -297,7 +301,7 @@ def service(monkeypatch, tmp_path):
 
 def test_the_whole_chain_gives_what_is_known(service, monkeypatch):
     monkeypatch.setenv("ACCORD_JUDGE_KEY", "secret")
-    found = compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big")), GROUPS, constitution())
     assert [c.probability for c in found.compared] == pytest.approx([sigma(-0.6), sigma(-0.3), sigma(0.3), sigma(2.9)])
     assert found.position_bias.value == pytest.approx(0.5) and service.questions == 8
     assert service.headers["Authorization"] == "Bearer secret" and service.bodies[0]["model"] == "big"
@@ -305,13 +309,13 @@ def test_the_whole_chain_gives_what_is_known(service, monkeypatch):
 
 def test_the_key_is_written_nowhere(service, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCORD_JUDGE_KEY", "secret-key")
-    compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    compare(EndpointJudge(Endpoint("Judge", service.url, "big")), GROUPS, constitution())
     assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_no_more_requests_at_once_than_asked_for(service):
     many = [group(f"p{i}", "a" * (i + 2), "b") for i in range(20)]
-    compare(EndpointJudge(service.url, "big", concurrency=3), many, constitution())
+    compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=3)), many, constitution())
     assert service.most == 3 and service.questions == 40
 
 
@@ -319,23 +323,23 @@ def test_a_cut_loses_and_repays_nothing(service, monkeypatch):
     monkeypatch.setattr(service_module.Service, "OUTAGE", 0.0)
     service.script = [None] * 5 + [(503, b"busy")] * 1000
     with pytest.raises(UserError, match=r"503.*Nothing is lost"):
-        compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+        compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)), GROUPS, constitution())
     service.script, service.bodies = [], []
-    judge = EndpointJudge(service.url, "big", concurrency=1)
-    found = compare(judge, GROUPS, constitution())
-    assert len(service.bodies) == 3 and judge.used == 150
+    endpoint = Endpoint("Judge", service.url, "big", concurrency=1)
+    found = compare(EndpointJudge(endpoint), GROUPS, constitution())
+    assert len(service.bodies) == 3 and endpoint.used == 150
     assert [c.probability for c in found.compared] == pytest.approx([sigma(-0.6), sigma(-0.3), sigma(0.3), sigma(2.9)])
-    compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    compare(EndpointJudge(Endpoint("Judge", service.url, "big")), GROUPS, constitution())
     assert len(service.bodies) == 3
-    compare(EndpointJudge(service.url, "other"), GROUPS, constitution())
+    compare(EndpointJudge(Endpoint("Judge", service.url, "other")), GROUPS, constitution())
     assert len(service.bodies) == 11  # another model is another judge
 
 
 def test_a_budget_is_kept(service):
     with pytest.raises(UserError, match="budget of 150 tokens is used up, after 3 requests"):
-        compare(EndpointJudge(service.url, "big", concurrency=1, budget=150), GROUPS, constitution())
+        compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1, budget=150)), GROUPS, constitution())
     assert service.questions == 3
-    compare(EndpointJudge(service.url, "big", budget=400), GROUPS, constitution())
+    compare(EndpointJudge(Endpoint("Judge", service.url, "big", budget=400)), GROUPS, constitution())
     assert service.questions == 8
 
 
@@ -355,20 +359,20 @@ def test_a_budget_is_kept(service):
 )
 def test_what_cannot_be_used_is_told_and_costs_itself(service, answer, cause):
     service.script = [answer]
-    found = compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)), GROUPS, constitution())
     assert len(found.compared) == 3 and len(found.problems) == 1 and cause in found.problems[0]
 
 
 def test_a_service_that_is_busy_is_asked_again(service):
     service.script = [(503, b""), (429, b"")]
-    found = compare(EndpointJudge(service.url, "big", concurrency=1), GROUPS, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)), GROUPS, constitution())
     assert len(found.compared) == 4 and service.questions == 10
 
 
 def test_an_outage_is_waited_for_by_all_requests_together(service, monkeypatch, capsys):
     monkeypatch.setattr(service_module.Service, "REST", 0.1)
     service.script = [(503, b"")] * 40
-    found = compare(EndpointJudge(service.url, "big", concurrency=4), GROUPS, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=4)), GROUPS, constitution())
     assert len(found.compared) == 4 and service.questions == 48
     told = capsys.readouterr().out
     assert told.count("is down") == 1 and told.count("answers again") == 1
@@ -390,12 +394,18 @@ def test_verdicts_by_hand():
 
 def test_letters_without_numbers_cancel_where_they_contradict(service):
     service.logprobs, service.bias = False, 100.0  # always the first
-    found = compare(EndpointJudge(service.url, "big"), GROUPS, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big")), GROUPS, constitution())
     assert [c.probability for c in found.compared] == pytest.approx([0.5] * 4) and found.position_bias.value == pytest.approx(math.log(999))
 
 
 def test_thinking_comes_first(service):
-    found = compare(EndpointJudge(service.url, "big", concurrency=1), [group("p", "aaa", "a")], constitution(), thinking=True, clamp=0.45)
+    found = compare(
+        EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)),
+        [group("p", "aaa", "a")],
+        constitution(),
+        thinking=True,
+        clamp=0.45,
+    )
     assert found.compared[0].probability == pytest.approx(sigma(0.2)) and service.questions == 4
     thought, decided = service.bodies[:2]
     assert "logprobs" not in thought and [m["role"] for m in decided["messages"]] == ["user", "assistant", "user"]
@@ -419,3 +429,165 @@ def test_the_command(service, tmp_path, capsys, monkeypatch):
     assert main(["constitution", "chek"]) == 2 and "Did you mean 'check'" in capsys.readouterr().err
     assert main(["constitution", "check", "--completions", "c.jsonl"]) == 2 and "give both" in capsys.readouterr().err
     assert main(["constitution", "check"]) == 0 and "nothing missing" in capsys.readouterr().out
+
+
+# Critiques and revisions
+
+
+class Scripted:
+    """A service that writes what is known: its answers swear; a critique counts the user's messages; each revision takes one curse away."""
+
+    def __init__(self, service):
+        service.answer = self.answer
+        self.asked = []
+
+    def answer(self, body):
+        chat = body["messages"]
+        self.asked.append(chat)
+        turns = [m["content"] for m in chat if m["role"] == "user" and m["content"] != "shot"]
+        if turns[-1].startswith("Find"):
+            return said(f"Critique {turns[-1]} of: {chat[-2]['content']}")
+        if turns[-1].startswith("Mend"):
+            before = chat[-4]["content"]
+            return said(
+                {"same": before, "none": " ", "other": "Bananas!"}.get(
+                    turns[0].split()[-1], f'Here is the revised answer: "{before.replace("damn ", "", 1)}"'
+                )
+            )
+        return {
+            "choices": [
+                {"message": {"content": f"A damn damn answer about {turns[0]}"}, "finish_reason": "length" if "cut" in turns[0] else "stop"}
+            ]
+        }
+
+
+TWO = Constitution(
+    "two", "1", (Principle("first", "Find one.", "Mend one.", "q?"), Principle("last", "Find two.", "Mend two.", "q?", 1.0, 1))
+)
+
+
+def endpoint_writer(service, **more):
+    return EndpointWriter(Endpoint("Writer", service.url, "big", **more), 0.0, 150)
+
+
+def test_chains_are_what_is_known(service, tmp_path):
+    script = Scripted(service)
+    prompts = [
+        Prompt("a", "cakes"),
+        Prompt("b", "the same"),
+        Prompt("c", "of none"),
+        Prompt("d", "or other"),
+        Prompt("e", [{"role": "user", "content": "tea"}]),
+    ]
+    found = revise(tmp_path / "chains.jsonl", endpoint_writer(service), prompts, TWO, 2, shots=[{"role": "user", "content": "shot"}])
+    a = found[0]
+    assert a.first == "A damn damn answer about cakes" and [s.principle for s in a.steps] == ["first", "last"] and not a.dropped
+    assert [s.revision for s in a.steps] == ["A damn answer about cakes", "A answer about cakes"]
+    assert a.steps[1].critique == "Critique Find two. of: A damn answer about cakes" and a.toxicity > a.steps[1].toxicity
+    assert [
+        "copy of the first" in found[1].dropped,
+        "without text" in found[2].dropped,
+        "unanswered" in found[3].dropped,
+        found[4].dropped,
+    ] == [True, True, True, ""]
+    critique = next(chat for chat in script.asked if chat[-1]["content"] == "Find two." and chat[1]["content"] == "cakes")
+    assert [m["content"] for m in critique] == ["shot", "cakes", "A damn answer about cakes", "Find two."]
+    assert [row["completion"] for row in examples(found)] == ["A answer about cakes", "A answer about tea"]
+    means = [e.value for e in curve(found)]
+    whole = [c for c in found if len(c.steps) == 2]
+    assert len(means) == 3 and means[0] == pytest.approx(sum(c.toxicity for c in whole) / len(whole)) and means[2] < means[0]
+
+
+def test_a_cut_chain_is_dropped_and_a_stop_repays_nothing(service, tmp_path, monkeypatch):
+    Scripted(service)
+    monkeypatch.setattr(revising, "TOGETHER", 2)
+    monkeypatch.setattr(service_module.Service, "OUTAGE", 0.0)
+    prompts = [Prompt(f"p{i}", f"topic {i}" + (" cut" if i == 0 else "")) for i in range(5)]
+    service.script = [None] * 13 + [(503, b"")] * 1000
+    with pytest.raises(UserError, match="Nothing is lost"):
+        revise(tmp_path / "c.jsonl", endpoint_writer(service, concurrency=1), prompts, TWO, 1)
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 4
+    with (tmp_path / "c.jsonl").open("a") as file:
+        file.write('{"id": "torn')
+    service.script, service.bodies = [], []
+    found = revise(tmp_path / "c.jsonl", endpoint_writer(service), prompts, TWO, 1)
+    assert len(service.bodies) == 2 and [c.id for c in found] == [p.id for p in prompts]  # the fifth's answer was there
+    again = revise(tmp_path / "other.jsonl", endpoint_writer(service), prompts, TWO, 1)
+    assert again == found and len(service.bodies) == 2
+    plain = revise(tmp_path / "plain.jsonl", endpoint_writer(service), prompts, TWO, 0)
+    assert "cut by the length limit" in plain[0].dropped and not plain[1].dropped
+    with pytest.raises(UserError, match="another constitution"):
+        revise(tmp_path / "c.jsonl", endpoint_writer(service), prompts, constitution(), 1)
+    with pytest.raises(UserError, match="another revisions"):
+        revise(tmp_path / "c.jsonl", endpoint_writer(service), prompts, TWO, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ('Sure! Here is the revised response:\n\n"Do not."', "Do not."),
+        ("Here's a kinder one: Do not.", "Do not."),
+        ("Revised answer: Do not.", "Do not."),
+        ("Do this: wait.", "Do this: wait."),
+        ('"Yes", she said, "no"', '"Yes", she said, "no"'),
+    ],
+)
+def test_what_announces_a_revision_is_no_part_of_it(text, plain):
+    assert unwrapped(text) == plain
+
+
+def test_a_policy_writes_and_what_does_not_fit_is_told(tiny):
+    chats = [Asked(f"{name} answer", [{"role": "user", "content": text}]) for name, text in (("a", "hi"), ("b", "x" * 200), ("c", "hi"))]
+    writer = PolicyWriter(tiny, "tiny", 1.0, 8)
+    a, b, c = writer.write(chats)
+    assert "too long for a context of 128" in b.problem and not b.text
+    assert writer.write(chats[2:]) == [c] and a.text != c.text  # the luck of a text is its own
+    greedy = PolicyWriter(tiny, "tiny", 0.0, 8).write(chats[:1])[0]
+    ids = tiny.tokenizer.encode_prompt(chats[0].chat)
+    for _ in range(8):
+        ids.append(int(tiny.model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] in tiny.tokenizer.eos_ids:
+            break
+    assert greedy.text == tiny.tokenizer.decode(ids[len(tiny.tokenizer.encode_prompt(chats[0].chat)) :]).strip()
+
+
+def test_the_command_that_revises(service, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Scripted(service)
+    (tmp_path / "two.yaml").write_text(
+        yaml.safe_dump(
+            {"name": "two", "version": 1, "principles": [{"id": "a", "critique": "Find it.", "revision": "Mend it.", "comparison": "q?"}]}
+        )
+    )
+    write_lines(tmp_path / "p.jsonl", [{"id": f"p{i}", "prompt": f"<b>topic</b> {i}"} for i in range(3)])
+    write_lines(tmp_path / "h.jsonl", [{"id": f"h{i}", "prompt": f"help {i}"} for i in range(2)])
+    words = [
+        "constitution",
+        "revise",
+        "--prompts",
+        "p.jsonl",
+        "--helpful",
+        "h.jsonl",
+        "--writer",
+        service.url,
+        "--writer-model",
+        "big",
+        "--constitution",
+        "two.yaml",
+        "--out",
+        "r",
+    ]
+    assert main(words) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "after 0 revisions: toxic with" in told and "after 2 revisions" in told and "5 examples in r/examples.jsonl" in told
+    rows = read_examples("r/examples.jsonl")
+    assert [r.answer for r in rows] == [f"A answer about <b>topic</b> {i}" for i in range(3)] + [
+        f"A damn damn answer about help {i}" for i in range(2)
+    ]
+    page = (tmp_path / "r/chains.html").read_text()
+    assert "3 of 3" in page and "&lt;b&gt;topic" in page and "<b>topic" not in page and "http" not in page.replace("http://www.w3.org", "")
+    asked = service.questions
+    assert main(words) == 0 and service.questions == asked
+    assert main([*words[:-1], "."]) == 2 and "is no folder of" in capsys.readouterr().err
+    assert main([*words, "--revisions", "-1"]) == 2 and "--revisions is -1" in capsys.readouterr().err
+    assert main([*words, "--helpful", "p.jsonl"]) == 2 and "is in --prompts and in --helpful" in capsys.readouterr().err

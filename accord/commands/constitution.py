@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from accord.commands.options import MODEL_HELP, Command
+from accord.commands.options import BUNDLED, MODEL_HELP, PROMPTS_HELP, Command
 from accord.constitution.principles import OURS
-from accord.disk import write_lines
+from accord.disk import write_lines, write_whole
 from accord.errors import UserError
 from accord.progress import console, several
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 JUDGE_HELP = f"the judge: {MODEL_HELP}; or the URL of an OpenAI-compatible service, such as https://host/v1 (key in ACCORD_JUDGE_KEY)"
 SHOWN = 3  # problems that are printed of many
+MADE = {"chains.jsonl", "helpful.jsonl", "examples.jsonl", "chains.html"}
+"""What accord constitution revise writes."""
 
 
 def add(command: Command) -> None:
@@ -37,6 +39,39 @@ def add(command: Command) -> None:
     check.add_argument("--completions", metavar="FILE", help="answers to look at: completions of accord sample")
     check.add_argument("--most", type=int, default=50, metavar="N", help="look at the first N of them [50]")
     add_judge(check, required=False)
+
+    revise = command(
+        "revise",
+        do_revise,
+        "A model answers, criticises its answers by principles and rewrites them: examples for accord sft.",
+        "accord constitution revise --prompts red-team.jsonl --out revised",
+        under=acts,
+    )
+    revise.add_argument("--prompts", required=True, help=PROMPTS_HELP)
+    revise.add_argument(
+        "--writer", default=BUNDLED, metavar="MODEL", help=f"who answers, criticises and rewrites: {MODEL_HELP}; or the URL of a service"
+    )
+    revise.add_argument("--writer-model", metavar="NAME", help="with a service: the model's name there")
+    revise.add_argument("--constitution", default=OURS, metavar="FILE", help=f"a .yaml or .md file [{OURS}: accord's own]")
+    revise.add_argument("--revisions", type=int, default=2, metavar="N", help="of each answer, each by another principle [2]")
+    revise.add_argument(
+        "--helpful",
+        metavar="FILE",
+        help="prompts whose answers are kept as they are, so that the model does not learn to refuse everything",
+    )
+    revise.add_argument(
+        "--shots", metavar="FILE", help="rows with 'messages': chats put before each request as examples of critiques and revisions"
+    )
+    revise.add_argument("--temperature", type=float, default=0.7, help="sampling temperature; 0 is greedy [0.7]")
+    revise.add_argument("--max-new-tokens", type=int, default=150, metavar="N", help="length limit of each text [150]")
+    revise.add_argument("--seed", type=int, default=0, help="luck of the writer, and which principles are drawn [0]")
+    add_service(revise)
+    revise.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for chains.jsonl, examples.jsonl and chains.html; the same command goes on with one that was cut",
+    )
 
     prefer = command(
         "prefer",
@@ -65,6 +100,10 @@ def add(command: Command) -> None:
 def add_judge(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--judge", required=required, help=JUDGE_HELP)
     parser.add_argument("--judge-model", metavar="NAME", help="with a service: the model's name there")
+    add_service(parser)
+
+
+def add_service(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="with a service: requests at once [8]")
     parser.add_argument(
         "--budget", type=int, metavar="TOKENS", help="with a service: stop after so many tokens; what was answered is kept [off]"
@@ -103,6 +142,41 @@ def do_check(arguments: argparse.Namespace) -> None:
     _tell(trouble)
 
 
+def do_revise(arguments: argparse.Namespace) -> None:
+    from accord.api import load
+    from accord.constitution.principles import read_constitution
+    from accord.constitution.revising import curve, examples, page, revise
+    from accord.constitution.writers import writer_of
+    from accord.data.sources import read_examples, read_prompts
+
+    _at_least(arguments, revisions=0, max_new_tokens=1, temperature=0)
+    constitution = read_constitution(arguments.constitution)
+    prompts = read_prompts(arguments.prompts)
+    helpful = read_prompts(arguments.helpful) if arguments.helpful else []
+    shots = [m for example in read_examples(arguments.shots) for m in example.messages] if arguments.shots else []
+    twice = {p.id for p in prompts} & {p.id for p in helpful}
+    if twice:
+        raise UserError(f"Prompt '{min(twice)}' is in --prompts and in --helpful; give each an id of its own.")
+    if arguments.out.exists() and not (arguments.out.is_dir() and {p.name for p in arguments.out.iterdir()} <= MADE):
+        raise UserError(f"{arguments.out} exists already and is no folder of accord constitution revise; choose another --out.")
+    writer = writer_of(
+        arguments.writer, arguments.writer_model, load, arguments.temperature, arguments.max_new_tokens, arguments.seed, **_service(arguments)
+    )  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    chains = revise(arguments.out / "chains.jsonl", writer, prompts, constitution, arguments.revisions, arguments.seed, shots)
+    plain = revise(arguments.out / "helpful.jsonl", writer, helpful, constitution, 0, arguments.seed) if helpful else []
+    rows = [*examples(chains), *examples(plain)]
+    write_lines(arguments.out / "examples.jsonl", rows)
+    write_whole(arguments.out / "chains.html", page(chains, writer.name, constitution.label))
+    for k, toxic in enumerate(curve(chains)):
+        console.print(f"  after {several(k, 'revision')}: toxic with {toxic}", soft_wrap=True, markup=False)
+    _tell([f"'{c.id}': {c.dropped}" for c in (*chains, *plain) if c.dropped], "Dropped")
+    console.print(
+        f"{several(len(rows), 'example')} in {arguments.out / 'examples.jsonl'}   (use: accord sft --examples {arguments.out / 'examples.jsonl'} --out ...)\n"
+        f"Page: {arguments.out / 'chains.html'}", soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
 def do_prefer(arguments: argparse.Namespace) -> None:
     from accord.constitution.judging import compare, rankings, soft_pairs
     from accord.constitution.principles import read_constitution
@@ -138,19 +212,22 @@ def _judge(arguments: argparse.Namespace) -> Judge:
     from accord.api import load
     from accord.constitution.judges import judge_of
 
+    return judge_of(arguments.judge, arguments.judge_model, load, **_service(arguments))
+
+
+def _service(arguments: argparse.Namespace) -> dict[str, Any]:
     _at_least(arguments, concurrency=1)
-    service = {"concurrency": arguments.concurrency, "budget": arguments.budget, "timeout": arguments.timeout}
-    return judge_of(arguments.judge, arguments.judge_model, load, **service)
+    return {"concurrency": arguments.concurrency, "budget": arguments.budget, "timeout": arguments.timeout}
 
 
 def _at_least(arguments: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(arguments, name) < value:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be {value} or more.")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {value} or more.")
 
 
-def _tell(problems: list[str]) -> None:
+def _tell(problems: list[str], what: str = "Without a usable verdict") -> None:
     if problems:
-        console.print(f"[yellow]Nothing usable was said {len(problems)} times[/], such as:", soft_wrap=True)
+        console.print(f"[yellow]{what}: {len(problems)}[/], such as:", soft_wrap=True)
         for problem in problems[:SHOWN]:
             console.print(f"  {problem}", soft_wrap=True, markup=False)

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from accord.constitution.endpoint import Endpoint, is_endpoint, name_of, text_of
 from accord.constitution.judging import OPTIONS, Judge, Question, Verdict
 from accord.data.records import Completion, Pair, PairGroup, Prompt
-from accord.errors import UserError
 from accord.nn.budget import TokenBudget
-from accord.nn.bundled import cache_folder
-from accord.progress import bar, safe_point
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
-from accord.service import Answers, Refused, Service
+from accord.service import Refused
 from accord.supervised.comparisons import Comparisons
 
-KEY = "ACCORD_JUDGE_KEY"
-"""The environment variable whose value is sent to a service as a bearer token."""
 DECIDE = "So which is better? Answer with (A) or (B) only."
 THOUGHTS = 200
 """Tokens of a chain of thought, at most."""
@@ -83,115 +75,35 @@ class PolicyJudge:
 
 
 class EndpointJudge:
-    """A model behind ``POST URL/chat/completions``, as OpenAI's and most servers have it.
+    """A model of a service (:class:`accord.constitution.endpoint.Endpoint`). The verdict is read off the log-probabilities where the letter
+    stands, or, where a service gives none, off the letter."""
 
-    The verdict is read off the log-probabilities where the letter stands, or, where a service gives none, off the letter. What was
-    answered is kept on disk as it comes and never asked again. Outages are waited for (:mod:`accord.service`).
-
-    Args:
-        url: such as ``https://host/v1``.
-        model: its name there.
-        concurrency: requests at once.
-        budget: tokens that may be used, as the service counts them; None is no limit.
-
-    Attributes:
-        used: tokens so far.
-        asked: requests so far.
-    """
-
-    def __init__(
-        self, url: str, model: str, concurrency: int = 8, budget: int | None = None, timeout: float = 60.0, cache: Path | None = None
-    ) -> None:
-        self.name = model
-        self._model, self._concurrency, self._limit = model, concurrency, budget
-        self._service = Service("Judge", f"{url.rstrip('/')}/chat/completions", KEY, timeout)
-        self._answers = Answers(cache or cache_folder() / "judges.sqlite", self._service.url, "judge")
-        self.used = self.asked = 0
-        self._lock = threading.Lock()
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.name, self._endpoint = endpoint.model, endpoint
 
     def answer(self, questions: Sequence[Question]) -> list[Verdict]:
-        out: list[Verdict | None] = [None] * len(questions)
         first: dict[Question, int] = {}
-        for i, q in enumerate(questions):
-            first.setdefault(q, i)
-        waiting = iter(first.values())
-        running: dict[Future[Verdict], int] = {}
-        with ThreadPoolExecutor(self._concurrency) as pool, bar("Judge", len(first)) as progress:
-            try:
-                while True:
-                    while len(running) < self._concurrency and (i := next(waiting, None)) is not None:
-                        safe_point("What the judge has answered is kept.")
-                        running[pool.submit(self._verdict, questions[i])] = i
-                    if not running:
-                        break
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        out[running.pop(future)] = future.result()
-                        progress.advance(1)
-            finally:
-                for future in running:
-                    future.cancel()
-        return [verdict for q in questions if (verdict := out[first[q]]) is not None]
-
-    def close(self) -> None:
-        self._answers.close()
+        for q in questions:
+            first.setdefault(q, len(first))
+        told = self._endpoint.each(self._verdict, list(first), "Judge")
+        return [told[first[q]] for q in questions]
 
     def _verdict(self, question: Question) -> Verdict:
         messages = [{"role": "user", "content": question.text}]
         try:
             if question.thinking:
-                thought = _text(self._ask({"messages": messages, "max_tokens": THOUGHTS, "temperature": 0}))
+                thought = text_of(self._endpoint.ask({"messages": messages, "max_tokens": THOUGHTS, "temperature": 0}))
                 messages += [{"role": "assistant", "content": thought}, {"role": "user", "content": DECIDE}]
-            return verdict_of(self._ask({"messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 20}))
+            body = {"messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+            return verdict_of(self._endpoint.ask(body))
         except Refused as refused:
             return Verdict(None, f"the judge {refused.cause}")
-
-    def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of an answer.
-
-        Raises:
-            Refused: there is none.
-        """
-        question = {"model": self._model, **body}
-        if (known := self._answers.of([question])[0]) is not None:
-            return dict(known[0])
-        with self._lock:
-            if self._limit is not None and self.used >= self._limit:
-                raise UserError(
-                    f"The budget of {self._limit} tokens is used up, after {self.asked} requests. What was answered is kept: the same command "
-                    "with a larger --budget goes on."
-                )
-            self.asked += 1
-        answer = self._service.ask_or_wait(question)
-        usage = answer.get("usage") if isinstance(answer, dict) else None
-        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-        with self._lock:
-            self.used += tokens if isinstance(tokens, int) else 0
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-            raise Refused(f"answered no choice: {str(answer)[:60]}")
-        self._answers.keep([(question, choices[0])])
-        return dict(choices[0])
-
-
-def _text(choice: Mapping[str, Any]) -> str:
-    """What the model said.
-
-    Raises:
-        Refused: nothing, or that it will not.
-    """
-    message = choice.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(said, str) or not said.strip():
-        refusal = message.get("refusal") if isinstance(message, dict) else None
-        raise Refused(f"refused: {str(refusal)[:60]}" if refusal else "answered without text")
-    return said
 
 
 def verdict_of(choice: Mapping[str, Any]) -> Verdict:
     """The verdict in a service's answer: where it says the letter, log P of both, of the alternatives that the service names there. A letter
     that is not among them is no likelier than the least likely of them."""
-    said = _text(choice)
+    said = text_of(choice)
     letters = {*re.findall(r"\(([AB])\)", said)} or {*re.findall(r"^\W*([AB])\W*$", said)}
     if len(letters) != 1:
         return Verdict(None, f"the judge answered neither (A) nor (B) alone, but {said.strip()[:60]!r}")
@@ -224,10 +136,8 @@ def _logsumexp(values: Sequence[float]) -> float:
     return most + math.log(math.fsum(math.exp(v - most) for v in values)) if math.isfinite(most) else most
 
 
-def judge_of(spec: str, model: str | None, load: Any, **endpoint: Any) -> Judge:
+def judge_of(spec: str, model: str | None, load: Callable[[str], Policy], **endpoint: Any) -> Judge:
     """``http(s)://...`` with a model's name there, or what :func:`accord.load` loads."""
-    if spec.startswith(("http://", "https://")):
-        if not model:
-            raise UserError("A service has models of several names; say which with --judge-model.")
-        return EndpointJudge(spec, model, **endpoint)
-    return PolicyJudge(load(spec), Path(spec).name if os.path.isdir(spec) else spec)
+    if is_endpoint(spec):
+        return EndpointJudge(Endpoint.named("Judge", spec, model, "--judge-model", **endpoint))
+    return PolicyJudge(load(spec), name_of(spec))

@@ -94,9 +94,15 @@ def read_constitution(source: str | Path = OURS) -> Constitution:
     if found:
         more = f" ({len(found) - 1} more: accord constitution check {source})" if len(found) > 1 else ""
         raise UserError(f"{where}: {found[0]}{more}")
+    text = lambda value: " ".join(str(value).split())
     principles = tuple(
         Principle(
-            str(p["id"]).strip(), *(" ".join(str(p[name]).split()) for name in TEXTS), float(p.get("weight", 1)), int(p.get("priority", 0))
+            text(p["id"]),
+            text(p["critique"]),
+            text(p["revision"]),
+            text(p["comparison"]),
+            float(p.get("weight", 1)),
+            int(p.get("priority", 0)),
         )
         for p in raw["principles"]
     )

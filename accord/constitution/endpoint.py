@@ -1,0 +1,138 @@
+"""OpenAI-compatible services: models that are asked over HTTP."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accord.errors import UserError
+from accord.nn.bundled import cache_folder
+from accord.progress import bar, safe_point
+from accord.service import Answers, Refused, Service
+
+KEY = "ACCORD_JUDGE_KEY"
+"""The environment variable whose value is sent as a bearer token."""
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Endpoint:
+    """A model behind ``POST URL/chat/completions``, as OpenAI's and most servers have it.
+
+    What was answered is kept on disk as it comes and never asked again. Outages are waited for (:mod:`accord.service`).
+
+    Args:
+        what: it is, in words, such as ``Judge``.
+        url: such as ``https://host/v1``.
+        model: its name there.
+        concurrency: requests at once.
+        budget: tokens that may be used, as the service counts them; None is no limit.
+
+    Attributes:
+        used: tokens so far.
+        asked: requests so far.
+    """
+
+    def __init__(
+        self, what: str, url: str, model: str, concurrency: int = 8, budget: int | None = None, timeout: float = 60.0, cache: Path | None = None
+    ) -> None:  # fmt: skip
+        self.what, self.model = what, model
+        self._concurrency, self._limit = concurrency, budget
+        self._service = Service(what, f"{url.rstrip('/')}/chat/completions", KEY, timeout)
+        self._answers = Answers(cache or cache_folder() / "judges.sqlite", self._service.url, what.lower())
+        self.used = self.asked = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def named(cls, what: str, url: str, model: str | None, option: str, **more: Any) -> Endpoint:
+        """Raises:
+        UserError: no model is named.
+        """
+        if not model:
+            raise UserError(f"A service has models of several names; say which with {option}.")
+        return cls(what, url, model, **more)
+
+    def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of what is answered.
+
+        Raises:
+            Refused: there is none.
+            UserError: the budget is used up, or the service is down for too long.
+        """
+        question = {"model": self.model, **body}
+        if (known := self._answers.of([question])[0]) is not None:
+            return dict(known[0])
+        with self._lock:
+            if self._limit is not None and self.used >= self._limit:
+                raise UserError(
+                    f"The budget of {self._limit} tokens is used up, after {self.asked} requests. What was answered is kept: the same command "
+                    "with a larger --budget goes on."
+                )
+            self.asked += 1
+        answer = self._service.ask_or_wait(question)
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+        with self._lock:
+            self.used += tokens if isinstance(tokens, int) else 0
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise Refused(f"answered no choice: {str(answer)[:60]}")
+        self._answers.keep([(question, choices[0])])
+        return dict(choices[0])
+
+    def each(self, work: Callable[[Item], Made], items: Sequence[Item], label: str | None = None) -> list[Made]:
+        """``work`` on every item, as many at once as requests may be. The first error ends it; what was answered by then is kept.
+
+        Args:
+            label: of a progress bar; None shows none.
+        """
+        out: dict[int, Made] = {}
+        waiting = iter(range(len(items)))
+        running: dict[Future[Made], int] = {}
+        with ThreadPoolExecutor(self._concurrency) as pool, bar(label, len(items)) if label else nullcontext() as progress:
+            try:
+                while True:
+                    while len(running) < self._concurrency and (i := next(waiting, None)) is not None:
+                        safe_point(f"What the {self.what.lower()} has answered is kept.")
+                        running[pool.submit(work, items[i])] = i
+                    if not running:
+                        return [out[i] for i in range(len(items))]
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        out[running.pop(future)] = future.result()
+                        if progress is not None:
+                            progress.advance(1)
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def close(self) -> None:
+        self._answers.close()
+
+
+def text_of(choice: Mapping[str, Any]) -> str:
+    """What the model said.
+
+    Raises:
+        Refused: nothing, or that it will not.
+    """
+    message = choice.get("message")
+    said = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(said, str) or not said.strip():
+        refusal = message.get("refusal") if isinstance(message, dict) else None
+        raise Refused(f"refused: {str(refusal)[:60]}" if refusal else "answered without text")
+    return said
+
+
+def is_endpoint(spec: str) -> bool:
+    return spec.startswith(("http://", "https://"))
+
+
+def name_of(spec: str) -> str:
+    """As labels name a model: a folder by its last part, anything else as it is."""
+    return Path(spec).name if os.path.isdir(spec) else spec

@@ -1,0 +1,232 @@
+"""The supervised stage of Constitutional AI (Bai et al. 2022, section 3.1): answer, critique by a principle, revision, again with others.
+
+Each prompt is a chain, one row of ``chains.jsonl``: first answer, then for each drawn principle the critique and the revision, all with the
+probability that they are toxic. What comes last becomes an example for ``accord sft``, unless a check drops it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from accord.constitution.principles import Constitution, Principle
+from accord.constitution.writers import Asked, Message, Writer
+from accord.data.charts import line_chart
+from accord.data.records import Content, Prompt
+from accord.data.statistics import Estimate, bootstrap_mean
+from accord.disk import append_lines, read_lines, repair_lines
+from accord.errors import UserError
+from accord.feedback.criterion import FUNCTION_WORDS
+from accord.feedback.toxicity import toxicity
+from accord.progress import bar, safe_point
+
+TOGETHER = 64
+"""Prompts that are worked on at once, and then written down."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A critique and the revision that follows from it. ``toxicity``: of the revision."""
+
+    principle: str
+    critique: str
+    revision: str
+    toxicity: float
+
+
+@dataclass
+class Chain:
+    """What became of a prompt. ``dropped``: why its last revision is no example; empty if it is one."""
+
+    id: str
+    prompt: Content
+    theme: str
+    first: str
+    toxicity: float
+    steps: list[Step] = field(default_factory=list)
+    dropped: str = ""
+
+    @property
+    def last(self) -> str:
+        return self.steps[-1].revision if self.steps else self.first
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Chain:
+        values = {name: row[name] for name in cls.__dataclass_fields__}
+        return cls(**{**values, "steps": [Step(**step) for step in row["steps"]]})
+
+
+def revise(
+    path: Path,
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    constitution: Constitution,
+    times: int,
+    seed: int = 0,
+    shots: Sequence[Message] = (),
+) -> list[Chain]:
+    """The chains of all prompts, written to ``path`` as they are done; those that are there already are taken from it.
+
+    Args:
+        times: revisions of each answer, each by another principle.
+        shots: earlier turns of critiques and revisions, put before each that is asked for.
+
+    Raises:
+        UserError: ``path`` holds chains of another constitution, writer, number of revisions, luck or shots, or none could be made.
+    """
+    about = {"writer": writer.name, "constitution": constitution.label, "revisions": times, "seed": seed, "shots": len(shots)}
+    repair_lines(path)
+    done: dict[str, Chain] = {}
+    for row in read_lines(path):
+        for name, now in about.items():
+            if row.get(name) != now:
+                raise UserError(f"{path} was made with another {name} ({row.get(name)}; now {now}); choose another --out, or put it back.")
+        done[row["id"]] = Chain.of(row)
+    waiting = [p for p in prompts if p.id not in done]
+    with bar("Revisions", len(prompts)) as progress:
+        progress.advance(len(prompts) - len(waiting))
+        for start in range(0, len(waiting), TOGETHER):
+            safe_point("Chains that are done are kept.")
+            chains = _chains(writer, waiting[start : start + TOGETHER], constitution, times, seed, shots)
+            append_lines(path, [{**about, **chain.to_json()} for chain in chains])
+            done |= {chain.id: chain for chain in chains}
+            progress.advance(len(chains))
+    found = [done[p.id] for p in prompts]
+    if found and all(chain.dropped for chain in found):
+        raise UserError(f"Nothing came of {len(found)} prompts, such as '{found[0].id}': {found[0].dropped}.")
+    return found
+
+
+def _chains(
+    writer: Writer, prompts: Sequence[Prompt], constitution: Constitution, times: int, seed: int, shots: Sequence[Message]
+) -> list[Chain]:
+    asked = [turns(p) for p in prompts]
+    firsts = writer.write([Asked(f"{p.id} answer", chat) for p, chat in zip(prompts, asked, strict=True)])
+    scores = toxicity([w.text for w in firsts])
+    chains = [
+        Chain(p.id, p.content, p.theme, w.text, t, dropped=w.problem or ("" if w.text else "the first answer is empty"))
+        for p, w, t in zip(prompts, firsts, scores, strict=True)
+    ]
+    drawn = [constitution.draw(p.id, times, seed) for p in prompts]
+    cut = [not w.finished for w in firsts]
+    for k in range(times):
+        left = [i for i, chain in enumerate(chains) if not chain.dropped]
+        chats = [[*shots, *asked[i], said(chains[i].last), request(drawn[i][k].critique)] for i in left]
+        critiques = writer.write([Asked(f"{chains[i].id} critique {k}", chat) for i, chat in zip(left, chats, strict=True)])
+        both = list(zip(left, chats, critiques, strict=True))
+        for i, _, critique in both:
+            if critique.problem or not critique.text:
+                chains[i].dropped = critique.problem or "a critique is empty"
+        both = [(i, chat, critique) for i, chat, critique in both if not chains[i].dropped]
+        revisions = writer.write(
+            [Asked(f"{chains[i].id} revision {k}", [*chat, said(c.text), request(drawn[i][k].revision)]) for i, chat, c in both]
+        )
+        rude = toxicity([w.text for w in revisions])
+        for (i, _, critique), revision, score in zip(both, revisions, rude, strict=True):
+            text = unwrapped(revision.text)
+            chains[i].steps.append(Step(drawn[i][k].id, critique.text, text, score))
+            cut[i] = not revision.finished
+            if revision.problem or not text:
+                chains[i].dropped = revision.problem or "a revision is empty"
+    for i, chain in enumerate(chains):
+        chain.dropped = chain.dropped or check(chain, drawn[i], cut[i])
+    return chains
+
+
+def turns(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else [dict(m) for m in prompt.content]
+
+
+def said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def request(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+PREFACE = re.compile(
+    r"^\s*(sure[^:\n]{0,80}|(here|this)( is|'s)[^:\n]{0,80}|(the |my )?(revised|rewritten|new)[^:\n]{0,40}):\s*", re.IGNORECASE
+)
+
+
+def unwrapped(text: str) -> str:
+    """A revision without the line that announces it, and without quotation marks around all of it."""
+    text = PREFACE.sub("", text).strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1] else text
+
+
+def words(text: str) -> set[str]:
+    """Those that carry content."""
+    return {word for word in re.findall(r"[a-z']{3,}", text.lower()) if word not in FUNCTION_WORDS}
+
+
+def check(chain: Chain, principles: Sequence[Principle], cut: bool) -> str:
+    """Why the last revision is no example to learn from; empty if it is one."""
+    plain = lambda text: " ".join(text.lower().split())
+    last = plain(chain.last)
+    if not last:
+        return "the last revision is empty"
+    if cut:
+        return "the last revision was cut by the length limit"
+    if chain.steps and last == plain(chain.first):
+        return "the last revision is a copy of the first answer"
+    if any(last == plain(step.critique) for step in chain.steps) or any(last in (plain(p.critique), plain(p.revision)) for p in principles):
+        return "the last revision is a copy of a critique or a request"
+    asked = " ".join(m["content"] for m in turns(Prompt(chain.id, chain.prompt)))
+    if not words(chain.last) & (words(asked) | words(chain.first)):
+        return "the last revision leaves the prompt unanswered: it has no word of it, nor of the first answer"
+    return ""
+
+
+def examples(chains: Sequence[Chain]) -> Iterator[dict[str, Any]]:
+    """What ``accord sft`` learns from: the prompts with their last revisions, those that are dropped left out."""
+    for chain in chains:
+        if not chain.dropped:
+            yield {"id": chain.id, "prompt": chain.prompt, "completion": chain.last, "theme": chain.theme}
+
+
+def curve(chains: Sequence[Chain]) -> list[Estimate]:
+    """Mean probability of being toxic of the first answers and after each revision, of the chains that have all steps (the paper's figure 5,
+    by another score)."""
+    most = max((len(chain.steps) for chain in chains), default=0)
+    whole = [chain for chain in chains if len(chain.steps) == most]
+    names = [chain.id for chain in whole]
+    return (
+        [bootstrap_mean([c.toxicity if k == 0 else c.steps[k - 1].toxicity for c in whole], names) for k in range(most + 1)]
+        if whole
+        else []
+    )
+
+
+SHOWN = 200
+"""Chains on a page."""
+
+
+def page(chains: Sequence[Chain], writer: str, constitution: str) -> str:
+    """A self-contained page: the curve over revisions, why chains were dropped, and the chains to open."""
+    points = curve(chains)
+    why = Counter(chain.dropped.split(":")[0] for chain in chains if chain.dropped)
+    lines = {name: [(k, getattr(e, name)) for k, e in enumerate(points)] for name in ("value", "low", "high")}
+    chart = line_chart(
+        "Toxic after so many revisions",
+        {"mean": lines["value"], "95% interval": [*lines["low"], *reversed(lines["high"])]} if len(points) > 1 else {},
+        "Mean probability by the bundled classifier; the same prompts at every point.",
+        "revisions",
+    )
+    template = jinja2.Environment(autoescape=True).from_string((files("accord.constitution") / "chains.html.j2").read_text())
+    return template.render(
+        chains=chains, shown=[{"asked": turns(Prompt(c.id, c.prompt))[-1]["content"], "of": c} for c in chains[:SHOWN]], writer=writer,
+        constitution=constitution, kept=sum(not c.dropped for c in chains), curve=points, chart=chart, dropped=why.most_common(),
+        style=(files("accord.data") / "page.css").read_text(),
+    )  # fmt: skip

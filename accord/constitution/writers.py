@@ -1,0 +1,99 @@
+"""Writers of answers, critiques and revisions: a policy that accord loads, or an OpenAI-compatible service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from accord.constitution.endpoint import Endpoint, is_endpoint, name_of, text_of
+from accord.rollout.engine import Engine
+from accord.rollout.policy import Policy
+from accord.rollout.sampling import Sampling
+from accord.service import Refused
+
+Message = dict[str, str]
+
+
+class Asked(NamedTuple):
+    """What a writer is to continue: a chat that ends with the user's. ``name``: what its luck goes by."""
+
+    name: str
+    chat: list[Message]
+
+
+class Written(NamedTuple):
+    """``problem``: why there is no text."""
+
+    text: str
+    finished: bool
+    problem: str = ""
+
+
+class Writer(Protocol):
+    """Attributes:
+    name: as files name it.
+    """
+
+    name: str
+
+    def write(self, asked: Sequence[Asked]) -> list[Written]:
+        """The assistant's next message of each chat."""
+        ...
+
+
+class PolicyWriter:
+    """A policy, sampled. A chat that does not fit its context with an answer is not answered."""
+
+    def __init__(self, policy: Policy, name: str, temperature: float, max_new_tokens: int, seed: int = 0, rows: int = 64) -> None:
+        self.name, self._policy = name, policy
+        self._engine, self._sampling = Engine(policy, rows), Sampling(temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+    def write(self, asked: Sequence[Asked]) -> list[Written]:
+        room = self._policy.context - self._sampling.max_new_tokens
+        contexts = [self._policy.tokenizer.encode_prompt(self._content(one.chat)) for one in asked]
+        fitting = [i for i, ids in enumerate(contexts) if len(ids) <= room]
+        told = self._engine.go_on([contexts[i] for i in fitting], [asked[i].name for i in fitting], self._sampling) if fitting else []
+        out = [
+            Written(
+                "",
+                False,
+                f"the conversation has {len(ids)} tokens, which with an answer is too long for a context of {self._policy.context}",
+            )
+            for ids in contexts
+        ]
+        for i, (tokens, _, finished) in zip(fitting, told, strict=True):
+            out[i] = Written(self._policy.tokenizer.decode(tokens).strip(), finished)
+        return out
+
+    def _content(self, chat: list[Message]) -> str | list[Message]:
+        if self._policy.tokenizer.has_chat_template:
+            return chat
+        lines = [f"{'Human' if m['role'] == 'user' else m['role'].capitalize()}: {m['content']}" for m in chat]
+        return "\n\n".join([*lines, "Assistant:"])
+
+
+class EndpointWriter:
+    """A model of a service."""
+
+    def __init__(self, endpoint: Endpoint, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
+        self.name, self._endpoint = endpoint.model, endpoint
+        self._body = {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed}
+
+    def write(self, asked: Sequence[Asked]) -> list[Written]:
+        return self._endpoint.each(self._one, asked)
+
+    def _one(self, asked: Asked) -> Written:
+        try:
+            choice = self._endpoint.ask({"messages": asked.chat, **self._body})
+            return Written(text_of(choice).strip(), choice.get("finish_reason") != "length")
+        except Refused as refused:
+            return Written("", False, f"the service {refused.cause}")
+
+
+def writer_of(
+    spec: str, model: str | None, load: Callable[[str], Policy], temperature: float, max_new_tokens: int, seed: int, **endpoint: Any
+) -> Writer:
+    """``http(s)://...`` with a model's name there, or what :func:`accord.load` loads."""
+    if is_endpoint(spec):
+        return EndpointWriter(Endpoint.named("Writer", spec, model, "--writer-model", **endpoint), temperature, max_new_tokens, seed)
+    return PolicyWriter(load(spec), name_of(spec), temperature, max_new_tokens, seed)
