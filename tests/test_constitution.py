@@ -495,7 +495,10 @@ def test_chains_are_what_is_known(service, tmp_path):
     assert [row["completion"] for row in examples(found)] == ["A answer about cakes", "A answer about tea"]
     means = [e.value for e in curve(found)]
     whole = [c for c in found if len(c.steps) == 2]
-    assert len(means) == 3 and means[0] == pytest.approx(sum(c.toxicity for c in whole) / len(whole)) and means[2] < means[0]
+    scores = [[c.toxicity, *(step.toxicity for step in c.steps)] for c in whole]
+    assert means == pytest.approx([sum(column) / len(whole) for column in zip(*scores, strict=True)]) and means[2] < means[1] < means[0]
+    requests = [chat[-1]["content"] for chat in script.asked if any(m["content"] == "cakes" for m in chat)]
+    assert requests == ["cakes", "Find one.", "Mend one.", "Find two.", "Mend two."]
 
 
 def test_a_cut_chain_is_dropped_and_a_stop_repays_nothing(service, tmp_path, monkeypatch):
