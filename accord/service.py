@@ -29,17 +29,17 @@ from rich.markup import escape
 from accord.errors import UserError, first_line
 from accord.progress import console, safe_point
 
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 530)}
 """Status codes after which the same request may succeed."""
 LARGEST = 2**24  # bytes of an answer
 
 
 class Refused(Exception):
-    """A request cannot succeed, or its answer cannot be used."""
+    """A request cannot succeed, or its answer cannot be used. ``status``: the code that was answered, if it was one of failure."""
 
-    def __init__(self, cause: str) -> None:
+    def __init__(self, cause: str, status: int | None = None) -> None:
         super().__init__(cause)
-        self.cause = cause
+        self.cause, self.status = cause, status
 
 
 class Unanswered(Exception):
@@ -58,6 +58,9 @@ class Service:
         token: the environment variable whose value, if it is set, is sent as a bearer token. It is written nowhere.
         timeout: seconds a request may take.
 
+    Attributes:
+        halt: set, it ends every wait of every thread.
+
     Raises:
         UserError: the URL is none, or the token cannot be sent.
     """
@@ -72,6 +75,8 @@ class Service:
         self._lock = threading.Lock()
         self._failures, self._next, self._cause = 0, 0.0, ""  # requests in a row that failed; when the next may be made; why
         self._since: float | None = None  # when the first of them began
+        self._answered = 0
+        self.halt = threading.Event()
         try:
             parts = urllib.parse.urlsplit(url)
             _ = parts.port, url.encode("ascii"), (parts.hostname or "").encode("idna")
@@ -87,15 +92,20 @@ class Service:
         """:meth:`ask`, over outages of the service, which all threads wait for together: one of them asks whether it is over.
 
         Raises:
-            Refused: the service is there and does not like the question, or its answer cannot be used.
+            Refused: the service is there and does not like the question, or never answers this one while it answers others; or its
+                answer cannot be used; or waiting was halted.
             UserError: the outage does not end.
         """
+        mine, others = 0, self._answered
         while True:
             attempts = self._turn()
             begun = time.monotonic()
             try:
                 answer = self.ask(question, attempts)
             except Unanswered as again:
+                mine += 1
+                if mine >= self.BREAK and self._answered > others:
+                    raise Refused(f"{again.cause}, {mine} times, while it answered other requests") from None
                 self._failed(again.cause, begun)
                 continue
             except Refused:
@@ -131,6 +141,7 @@ class Service:
             if self._failures >= self.BREAK:
                 console.print(f"{escape(self.name)} answers again.", soft_wrap=True)
             self._failures, self._since = 0, None
+            self._answered += 1
 
     def _check_outage(self) -> None:
         waited = time.monotonic() - (self._since if self._since is not None else time.monotonic())
@@ -171,7 +182,7 @@ class Service:
             told = f"answered {error.code}: {_body(error)}"
             if error.code in TRANSIENT:
                 raise Unanswered(told, _seconds(error.headers.get("Retry-After"))) from None
-            raise Refused(told) from None
+            raise Refused(told, error.code) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             text = "did not answer in time" if isinstance(reason, TimeoutError) else f"cannot be reached ({first_line(reason)})"
@@ -187,6 +198,8 @@ class Service:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             safe_point("What the service has answered is kept.")
+            if self.halt.is_set():
+                raise Refused("was not waited for")
             time.sleep(min(left, 0.2))
 
 

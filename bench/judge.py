@@ -8,6 +8,7 @@ The file is that of the paper's authors (github.com/anthropics/ConstitutionalHar
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -41,22 +42,25 @@ def comparisons(path: Path) -> list[list[Completion]]:
     return out
 
 
-def accuracy(right: list[float]) -> str:
-    return interval(bootstrap_mean(right, list(map(str, range(len(right)))))._asdict(), 3)
+def accuracy(margins, openings: list[str]) -> str:
+    """How often a margin is above 0, where a tie is half; the interval resamples conversations by how they open, as several share that."""
+    return interval(bootstrap_mean([0.5 + 0.5 * float(np.sign(m)) for m in margins], openings)._asdict(), 3)
 
 
-def by_score(scores: list[float]) -> str:
-    """How often the first of two has the higher score; a tie is half."""
-    pairs = np.array(scores).reshape(-1, 2)
-    return accuracy([0.5 + 0.5 * float(np.sign(a - b)) for a, b in pairs])
+def opening(group: list[Completion]) -> str:
+    return group[0].prompt.content[0]["content"]
 
 
 def judged(judge, groups, constitution) -> tuple[str, str, str]:
     found = compare(judge, groups, constitution)
-    d, b = (np.array(x) for x in zip(*((np.log(c.probability / (1 - c.probability)), c.biases[0]) for c in found.compared), strict=True))
-    alone = accuracy([0.5 * ((x + y > 0) + (x - y > 0)) for x, y in zip(d, b, strict=True)])  # in one order, the mean of both
+    of = {c.prompt_id: c for c in found.compared}  # what nothing usable was said of is a tie
+    openings = [opening(group) for group in groups]
+    odds = lambda p: math.log(max(p, 1e-12) / max(1 - p, 1e-12))
+    d = [odds(of[g[0].prompt.id].probability) if g[0].prompt.id in of else 0.0 for g in groups]
+    b = [of[g[0].prompt.id].biases[0] if g[0].prompt.id in of else 0.0 for g in groups]
+    alone = accuracy([x + y for x, y in zip(d, b, strict=True)] + [x - y for x, y in zip(d, b, strict=True)], openings * 2)
     print(f"{judge.name}, {constitution.label}: {len(found.compared)} of {len(groups)}; {found.problems[:2]}", flush=True)
-    return accuracy([float(x > 0) for x in d]), alone, interval(found.position_bias._asdict(), 2)
+    return accuracy(d, openings), alone, interval(bootstrap_mean(b, openings)._asdict(), 2)
 
 
 def main() -> None:
@@ -67,7 +71,8 @@ def main() -> None:
     if not arguments.file.is_file():
         sys.exit(f"{arguments.file} is not there, so nothing is measured.")
     groups = comparisons(arguments.file)
-    texts = [c.text for group in groups for c in group]
+    openings = [opening(group) for group in groups]
+    apart = lambda score: accuracy([score(first.text) - score(second.text) for first, second in groups], openings)
     lines = ["| judge | asked by | accuracy | in one order only | liking for the first position, log-odds |", "|---|---|---|---|---|"]
     for spec in ["smollm2-135m-instruct", *arguments.judge]:
         where, _, name = spec.partition("=") if spec.startswith("http") else (spec, "", "")
@@ -77,8 +82,8 @@ def main() -> None:
             lines.append(f"| {judge.name} | {how} | " + " | ".join(judged(judge, groups, constitution)) + " |")
             print(lines[-1], flush=True)
     lines += [
-        f"| the less toxic answer, by the bundled classifier | | {by_score([-t for t in toxicity(texts)])} | | |",
-        f"| the longer answer | | {by_score([float(len(t)) for t in texts])} | | |",
+        f"| the less toxic answer, by the bundled classifier | | {apart(lambda text: -toxicity([text])[0])} | | |",
+        f"| the longer answer | | {apart(len)} | | |",
         "| chance | | 0.500 | | |", "",
         f"{len(groups)} comparisons, 95% intervals. {machine()}. Made by `python {SCRIPT} 438HHHEvaluations.jsonl`.",
     ]  # fmt: skip

@@ -42,6 +42,7 @@ def tuned(rate: str, layers: int) -> tuple[Run, float]:
         (where / "minutes").write_text(str((time.perf_counter() - clock) / 60))
     measured = ROOT / f"runs/demo-dpo-{rate}-evaluated"
     if not (measured / "evaluation.json").exists():
+        shutil.rmtree(measured, ignore_errors=True)
         held = where / "held.jsonl"
         write_lines(held, ({k: v for k, v in row.items() if k != "split"} for row in prompts("heldout")))
         (where / "evaluation.yaml").write_text(yaml.safe_dump(recipe()["evaluation"]))

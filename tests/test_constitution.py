@@ -172,13 +172,18 @@ def test_soft_labels_are_cross_entropy(tmp_path):
     found = compare(Planted(), GROUPS, constitution())
     groups = soft_pairs(GROUPS, found)
     r = {"p1": [0.3, -0.2, 0.5], "p2": [1.0, -1.0]}  # any rewards
+    assert [len(pairs.pairs) for pairs in groups] == [6, 2]
     for pairs in groups:
         name = pairs.prompt.id
         by_pairs = -sum(p.weight * math.log(sigma(r[name][p.preferred] - r[name][p.other])) for p in pairs.pairs)
         d = [(c.probability, r[name][c.first] - r[name][c.second]) for c in found.compared if c.prompt_id == name]
         assert by_pairs == pytest.approx(-sum(p * math.log(sigma(x)) + (1 - p) * math.log(sigma(-x)) for p, x in d))
     given = rankings(GROUPS, found)
-    assert [r.ranks for r in given] == [(3, 1, 2), (1, 2)] and given[0].labeler == "ai:planted" and given[0].criterion == found.constitution
+    assert (
+        [r.ranks for r in given] == [(3, 1, 2), (1, 2)]
+        and given[0].labeler == f"ai:planted/{constitution().digest[:6]}"
+        and given[0].criterion == found.constitution
+    )
 
 
 def test_what_nothing_usable_was_said_of_costs_no_more_than_itself():
@@ -236,7 +241,7 @@ class Service:
 
     def __init__(self, bias=0.5, logprobs=True):
         self.bias, self.logprobs, self.script, self.questions, self.headers, self.bodies = bias, logprobs, [], 0, {}, []
-        self.now = self.most = 0
+        self.now, self.most, self.poison = 0, 0, ""
         lock, service = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -251,6 +256,8 @@ class Service:
                     service.bodies.append(body)
                     what = service.script.pop(0) if service.script else None
                 time.sleep(0.01)
+                if service.poison and service.poison in json.dumps(body):
+                    what = (500, b"")
                 status, data = what if isinstance(what, tuple) else (200, json.dumps(what or service.answer(body)).encode())
                 with lock:
                     service.now -= 1
@@ -378,6 +385,36 @@ def test_an_outage_is_waited_for_by_all_requests_together(service, monkeypatch, 
     assert told.count("is down") == 1 and told.count("answers again") == 1
 
 
+def test_a_wrong_key_is_a_sentence(service):
+    service.script = [(401, b"no key")]
+    with pytest.raises(UserError, match=r"answered 401: no key.*ACCORD_JUDGE_KEY"):
+        compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)), GROUPS, constitution())
+    assert service.questions == 1
+
+
+def test_a_service_without_log_probabilities_is_asked_for_letters(service):
+    service.logprobs, service.script = False, [(400, b"logprobs are not supported")]
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=1)), GROUPS, constitution())
+    assert len(found.compared) == 4 and service.questions == 9 and "logprobs" not in service.bodies[1]
+
+
+def test_a_question_that_is_never_answered_does_not_stop_the_others(service, monkeypatch):
+    monkeypatch.setattr(service_module.Service, "REST", 0.05)
+    service.poison = "poison"
+    many = [group(f"p{i}", "a" * (i + 2), "b") for i in range(60)]
+    many[3] = group("bad", "poison", "b")
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=2)), many, constitution())
+    assert len(found.compared) == 59 and "while it answered other requests" in found.problems[0]
+
+
+def test_completions_are_told_by_their_place_not_their_number():
+    gaps = [[Completion(c.prompt, c.text, True, 2 * c.index + 1) for c in some] for some in GROUPS]
+    found, plain = (compare(Planted(), some, constitution()) for some in (gaps, GROUPS))
+    assert found.compared == plain.compared
+    assert [p.pairs for p in soft_pairs(gaps, found)] == [p.pairs for p in soft_pairs(GROUPS, plain)]
+    assert [r.ranks for r in rankings(gaps, found)] == [(3, 1, 2), (1, 2)]
+
+
 def test_verdicts_by_hand():
     top = lambda *pairs: [{"token": t, "logprob": x} for t, x in pairs]
     choice = lambda text, token, listed: {
@@ -388,6 +425,8 @@ def test_verdicts_by_hand():
     assert (math.exp(a), math.exp(b)) == pytest.approx((0.25, 0.75))
     a, b = verdict_of(choice("(A)", "A", top(("A", math.log(0.8)), ("x", math.log(0.1))))).logprobs  # B is not named: 0.1 at most
     assert (math.exp(a), math.exp(b)) == pytest.approx((8 / 9, 1 / 9))
+    a, b = verdict_of(choice("(A)", "A", top(("A", math.log(0.75))))).logprobs  # nothing else is named: 0.25 at most
+    assert (math.exp(a), math.exp(b)) == pytest.approx((0.75, 0.25))
     a, b = verdict_of({"message": {"content": "**(B)**"}}).logprobs  # no numbers
     assert (math.exp(a), math.exp(b)) == pytest.approx((0.001, 0.999))
 
@@ -404,9 +443,9 @@ def test_thinking_comes_first(service):
         [group("p", "aaa", "a")],
         constitution(),
         thinking=True,
-        clamp=0.45,
+        clamp=0.46,
     )
-    assert found.compared[0].probability == pytest.approx(sigma(0.2)) and service.questions == 4
+    assert found.compared[0].probability == pytest.approx(0.54) and service.questions == 4
     thought, decided = service.bodies[:2]
     assert "logprobs" not in thought and [m["role"] for m in decided["messages"]] == ["user", "assistant", "user"]
 
@@ -421,7 +460,7 @@ def test_the_command(service, tmp_path, capsys, monkeypatch):
     assert "4 comparisons in ai.jsonl; liking for the first position: 0.5" in " ".join(capsys.readouterr().out.split())
     back = read_pairs("ai.jsonl")
     assert [[p.weight for p in g.pairs] for g in back][1] == pytest.approx([sigma(2.9), sigma(-2.9)])
-    assert [r.labeler for r in read_rankings("r.jsonl")] == ["ai:big"] * 2
+    assert [r.labeler for r in read_rankings("r.jsonl")] == [f"ai:big/{read_constitution().digest[:6]}"] * 2
     row = json.loads((tmp_path / "ai.jsonl").read_text().splitlines()[0])
     assert row["judge"] == "big" and list(row["rankings"]) == [read_constitution().label]
     assert main([*words, "--judge-model", "big"]) == 2 and "already exists" in capsys.readouterr().err
@@ -519,6 +558,12 @@ def test_a_cut_chain_is_dropped_and_a_stop_repays_nothing(service, tmp_path, mon
     assert again == found and len(service.bodies) == 2
     plain = revise(tmp_path / "plain.jsonl", endpoint_writer(service), prompts, TWO, 0)
     assert "cut by the length limit" in plain[0].dropped and not plain[1].dropped
+    with pytest.raises(UserError, match="another prompt 'p1'"):
+        revise(tmp_path / "c.jsonl", endpoint_writer(service), [Prompt("p1", "another topic")], TWO, 1)
+    with pytest.raises(UserError, match="another writer"):
+        revise(tmp_path / "c.jsonl", EndpointWriter(Endpoint("Writer", service.url, "big"), 0.5, 150), prompts, TWO, 1)
+    with pytest.raises(UserError, match="another shots"):
+        revise(tmp_path / "c.jsonl", endpoint_writer(service), prompts, TWO, 1, shots=[{"role": "user", "content": "x"}])
     with pytest.raises(UserError, match="another constitution"):
         revise(tmp_path / "c.jsonl", endpoint_writer(service), prompts, constitution(), 1)
     with pytest.raises(UserError, match="another revisions"):
@@ -529,7 +574,10 @@ def test_a_cut_chain_is_dropped_and_a_stop_repays_nothing(service, tmp_path, mon
     ("text", "plain"),
     [
         ('Sure! Here is the revised response:\n\n"Do not."', "Do not."),
-        ("Here's a kinder one: Do not.", "Do not."),
+        ("Here's a kinder version: Do not.", "Do not."),
+        ("Sure, the train leaves at 12:30.", "Sure, the train leaves at 12:30."),
+        ("This is important: call 911.", "This is important: call 911."),
+        ("Newton's laws are: inertia, force.", "Newton's laws are: inertia, force."),
         ("Revised answer: Do not.", "Do not."),
         ("Do this: wait.", "Do this: wait."),
         ('"Yes", she said, "no"', '"Yes", she said, "no"'),
@@ -593,4 +641,11 @@ def test_the_command_that_revises(service, tmp_path, capsys, monkeypatch):
     assert main(words) == 0 and service.questions == asked
     assert main([*words[:-1], "."]) == 2 and "is no folder of" in capsys.readouterr().err
     assert main([*words, "--revisions", "-1"]) == 2 and "--revisions is -1" in capsys.readouterr().err
-    assert main([*words, "--helpful", "p.jsonl"]) == 2 and "is in --prompts and in --helpful" in capsys.readouterr().err
+    assert main([*words[:-1], "twice", "--helpful", "p.jsonl"]) == 0
+    assert [r.id for r in read_examples("twice/examples.jsonl")] == ["p0", "p1", "p2", "helpful-p0", "helpful-p1", "helpful-p2"]
+    for option, value, said_ in (
+        ("--timeout", "0", "--timeout is 0"),
+        ("--budget", "0", "--budget is 0"),
+        ("--temperature", "nan", "--temperature is nan"),
+    ):
+        assert main([*words, option, value]) == 2 and said_ in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,14 +152,15 @@ def do_revise(arguments: argparse.Namespace) -> None:
     from accord.data.sources import read_examples, read_prompts
 
     _at_least(arguments, revisions=0, max_new_tokens=1, temperature=0)
+    if not math.isfinite(arguments.temperature):
+        raise UserError(f"--temperature is {arguments.temperature}; it must be a number.")
     constitution = read_constitution(arguments.constitution)
     prompts = read_prompts(arguments.prompts)
     helpful = read_prompts(arguments.helpful) if arguments.helpful else []
     shots = [m for example in read_examples(arguments.shots) for m in example.messages] if arguments.shots else []
-    twice = {p.id for p in prompts} & {p.id for p in helpful}
-    if twice:
-        raise UserError(f"Prompt '{min(twice)}' is in --prompts and in --helpful; give each an id of its own.")
-    if arguments.out.exists() and not (arguments.out.is_dir() and {p.name for p in arguments.out.iterdir()} <= MADE):
+    if {p.id for p in prompts} & {p.id for p in helpful}:  # such as those of the rows of two files
+        helpful = [replace(p, id=f"helpful-{p.id}") for p in helpful]
+    if arguments.out.exists() and not (arguments.out.is_dir() and {p.name.removesuffix(".part") for p in arguments.out.iterdir()} <= MADE):
         raise UserError(f"{arguments.out} exists already and is no folder of accord constitution revise; choose another --out.")
     writer = writer_of(
         arguments.writer, arguments.writer_model, load, arguments.temperature, arguments.max_new_tokens, arguments.seed, **_service(arguments)
@@ -190,6 +193,8 @@ def do_prefer(arguments: argparse.Namespace) -> None:
     for path in (arguments.out, arguments.rankings):
         if path is not None and path.exists():
             raise UserError(f"{path} already exists; choose another name or delete it.")
+    if arguments.rankings is not None and arguments.rankings.resolve() == arguments.out.resolve():
+        raise UserError("--out and --rankings name the same file; give each its own.")
     constitution = read_constitution(arguments.constitution)
     groups = [group for group in read_completions(arguments.completions, with_tokens=False).values() if len(group) > 1]
     if not groups:
@@ -217,6 +222,10 @@ def _judge(arguments: argparse.Namespace) -> Judge:
 
 def _service(arguments: argparse.Namespace) -> dict[str, Any]:
     _at_least(arguments, concurrency=1)
+    if arguments.budget is not None:
+        _at_least(arguments, budget=1)
+    if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
+        raise UserError(f"--timeout is {arguments.timeout:g}; it must be a number of seconds above 0.")
     return {"concurrency": arguments.concurrency, "budget": arguments.budget, "timeout": arguments.timeout}
 
 

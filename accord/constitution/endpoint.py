@@ -17,6 +17,8 @@ from accord.service import Answers, Refused, Service
 
 KEY = "ACCORD_JUDGE_KEY"
 """The environment variable whose value is sent as a bearer token."""
+WRONG = {401, 403, 404}
+"""Codes that no other question would change."""
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -41,7 +43,7 @@ class Endpoint:
     def __init__(
         self, what: str, url: str, model: str, concurrency: int = 8, budget: int | None = None, timeout: float = 60.0, cache: Path | None = None
     ) -> None:  # fmt: skip
-        self.what, self.model = what, model
+        self.what, self.url, self.model = what, url, model
         self._concurrency, self._limit = concurrency, budget
         self._service = Service(what, f"{url.rstrip('/')}/chat/completions", KEY, timeout)
         self._answers = Answers(cache or cache_folder() / "judges.sqlite", self._service.url, what.lower())
@@ -62,7 +64,7 @@ class Endpoint:
 
         Raises:
             Refused: there is none.
-            UserError: the budget is used up, or the service is down for too long.
+            UserError: the budget is used up, the service is down for too long, or URL, model or key are wrong.
         """
         question = {"model": self.model, **body}
         if (known := self._answers.of([question])[0]) is not None:
@@ -74,7 +76,14 @@ class Endpoint:
                     "with a larger --budget goes on."
                 )
             self.asked += 1
-        answer = self._service.ask_or_wait(question)
+        try:
+            answer = self._service.ask_or_wait(question)
+        except Refused as refused:
+            if refused.status in WRONG:
+                raise UserError(
+                    f"{self._service.name} {refused.cause}. Check the URL, the model's name '{self.model}', and the key in {KEY}."
+                ) from None
+            raise
         usage = answer.get("usage") if isinstance(answer, dict) else None
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
         with self._lock:
@@ -82,6 +91,7 @@ class Endpoint:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
             raise Refused(f"answered no choice: {str(answer)[:60]}")
+        text_of(choices[0])  # what has no text is asked again another time
         self._answers.keep([(question, choices[0])])
         return dict(choices[0])
 
@@ -91,6 +101,7 @@ class Endpoint:
         Args:
             label: of a progress bar; None shows none.
         """
+        self._service.halt.clear()
         out: dict[int, Made] = {}
         waiting = iter(range(len(items)))
         running: dict[Future[Made], int] = {}
@@ -107,6 +118,9 @@ class Endpoint:
                         out[running.pop(future)] = future.result()
                         if progress is not None:
                             progress.advance(1)
+            except BaseException:
+                self._service.halt.set()
+                raise
             finally:
                 for future in running:
                     future.cancel()
@@ -126,7 +140,7 @@ def text_of(choice: Mapping[str, Any]) -> str:
     if not isinstance(said, str) or not said.strip():
         refusal = message.get("refusal") if isinstance(message, dict) else None
         raise Refused(f"refused: {str(refusal)[:60]}" if refusal else "answered without text")
-    return said
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
 
 
 def is_endpoint(spec: str) -> bool:
@@ -134,5 +148,6 @@ def is_endpoint(spec: str) -> bool:
 
 
 def name_of(spec: str) -> str:
-    """As labels name a model: a folder by its last part, anything else as it is."""
-    return Path(spec).name if os.path.isdir(spec) else spec
+    """As labels name a model: a run's policy by the run's folder, another folder by its own name, anything else as it is."""
+    path = Path(spec).resolve()
+    return (path.parent.name if path.name == "policy" else path.name) if os.path.isdir(spec) else spec

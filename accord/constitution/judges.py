@@ -43,7 +43,8 @@ class PolicyJudge:
             thoughts = Engine(self._policy).sample([prompts[i] for i in fitting], 1, sampling).texts
             for i, thought in zip(fitting, thoughts, strict=True):
                 prompts[i] = self._prompt(i, questions[i].text, thought.strip() or "I cannot say.")
-        answers = [self._policy.tokenizer.encode_completion(option, False) for option in OPTIONS]
+        space = "" if self._policy.tokenizer.has_chat_template else " "
+        answers = [self._policy.tokenizer.encode_completion(space + option, False) for option in OPTIONS]
         longest, context = max(map(len, answers)), self._policy.context
         sizes = [len(self._policy.tokenizer.encode_prompt(p.content)) for p in prompts]
         too_long = {i for i, size in enumerate(sizes) if size + longest > context} | (set(thinking) - set(fitting))
@@ -67,7 +68,7 @@ class PolicyJudge:
     def _prompt(self, number: int, text: str, thought: str | None = None) -> Prompt:
         name = f"question-{number}"
         if not self._policy.tokenizer.has_chat_template:
-            return Prompt(name, f"{text}\n\n{'' if thought is None else thought + chr(10) * 2 + DECIDE + chr(10) * 2}Answer: ")
+            return Prompt(name, f"{text}\n\n{'' if thought is None else thought + chr(10) * 2 + DECIDE + chr(10) * 2}Answer:")
         messages = [{"role": "user", "content": text}]
         if thought is not None:
             messages += [{"role": "assistant", "content": thought}, {"role": "user", "content": DECIDE}]
@@ -79,7 +80,7 @@ class EndpointJudge:
     stands, or, where a service gives none, off the letter."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self.name, self._endpoint = endpoint.model, endpoint
+        self.name, self._endpoint, self._numbers = endpoint.model, endpoint, {"logprobs": True, "top_logprobs": 20}
 
     def answer(self, questions: Sequence[Question]) -> list[Verdict]:
         first: dict[Question, int] = {}
@@ -94,15 +95,21 @@ class EndpointJudge:
             if question.thinking:
                 thought = text_of(self._endpoint.ask({"messages": messages, "max_tokens": THOUGHTS, "temperature": 0}))
                 messages += [{"role": "assistant", "content": thought}, {"role": "user", "content": DECIDE}]
-            body = {"messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-            return verdict_of(self._endpoint.ask(body))
+            body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+            try:
+                return verdict_of(self._endpoint.ask(body | self._numbers))
+            except Refused as refused:
+                if refused.status not in (400, 422) or "logprobs" not in refused.cause or not self._numbers:
+                    raise
+                self._numbers = {}  # a service that does not know them
+                return verdict_of(self._endpoint.ask(body))
         except Refused as refused:
             return Verdict(None, f"the judge {refused.cause}")
 
 
 def verdict_of(choice: Mapping[str, Any]) -> Verdict:
     """The verdict in a service's answer: where it says the letter, log P of both, of the alternatives that the service names there. A letter
-    that is not among them is no likelier than the least likely of them."""
+    that is not among them is no likelier than the least likely of them, nor than what all of them leave."""
     said = text_of(choice)
     letters = {*re.findall(r"\(([AB])\)", said)} or {*re.findall(r"^\W*([AB])\W*$", said)}
     if len(letters) != 1:
@@ -113,11 +120,16 @@ def verdict_of(choice: Mapping[str, Any]) -> Verdict:
     for token in tokens if isinstance(tokens, list) else []:
         if not isinstance(token, dict) or _letter(token.get("token")) != letter:
             continue
-        listed = [t for t in (token.get("top_logprobs") or [token]) if isinstance(t, dict) and isinstance(t.get("logprob"), int | float)]
+        listed = [
+            t
+            for t in (token.get("top_logprobs") or [token])
+            if isinstance(t, dict) and isinstance(t.get("logprob"), int | float) and math.isfinite(t["logprob"])
+        ]
         mass = [[t["logprob"] for t in listed if _letter(t.get("token")) == option] for option in "AB"]
         if not any(mass):
             break
-        least = min(t["logprob"] for t in listed)
+        left = 1 - math.fsum(math.exp(t["logprob"]) for t in listed)
+        least = min(*(t["logprob"] for t in listed), math.log(max(left, SURE**4)))
         a, b = (_logsumexp(m) if m else least for m in mass)
         total = _logsumexp([a, b])
         return Verdict((a - total, b - total))

@@ -89,7 +89,7 @@ def clamped(probability: float, clamp: float | None) -> float:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two completions of a prompt, by index, as a judge sees them.
+    """Two completions of a prompt, by their places among its completions, as a judge sees them.
 
     Attributes:
         probability: that the first is better.
@@ -115,6 +115,11 @@ class Feedback:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def labeler(self) -> str:
+        """As rankings name who gave them: another constitution makes another labeler."""
+        return f"ai:{self.judge}/{self.constitution.rpartition('(')[2][:6]}"
+
+    @property
     def position_bias(self) -> Estimate:
         """Mean log-odds of the first position, over prompts; 0 where the order does not matter."""
         return bootstrap_mean([b for c in self.compared for b in c.biases], [c.prompt_id for c in self.compared for _ in c.biases])
@@ -134,13 +139,13 @@ def compare(
     Raises:
         UserError: nothing usable was said of anything.
     """
-    asked: list[tuple[Completion, Completion, list[Principle]]] = []
+    asked: list[tuple[str, int, int, list[Principle]]] = []
     questions: list[Question] = []
     for group in groups:
         principles = constitution.draw(group[0].prompt.id, ensemble, seed)
         for a in range(len(group)):
             for b in range(a + 1, len(group)):
-                asked.append((group[a], group[b], principles))
+                asked.append((group[a].prompt.id, a, b, principles))
                 for p in principles:
                     questions += [
                         ask(group[a].prompt, *texts, p.comparison, thinking)
@@ -148,12 +153,12 @@ def compare(
                     ]
     verdicts = iter(judge.answer(questions))
     out = Feedback(judge.name, constitution.label)
-    for first, second, principles in asked:
+    for name, a, b, principles in asked:
         probabilities, biases, used = list[float](), list[float](), list[str]()
         for p in principles:
             one, other = next(verdicts), next(verdicts)
             if one.logprobs is None or other.logprobs is None:
-                out.problems.append(f"'{first.prompt.id}', {p.id}: {one.problem or other.problem}")
+                out.problems.append(f"'{name}', {p.id}: {one.problem or other.problem}")
                 continue
             x, y = log_odds(one.logprobs), -log_odds(other.logprobs)
             probabilities.append(sigma((x + y) / 2))
@@ -161,7 +166,7 @@ def compare(
             used.append(p.id)
         if probabilities:
             better = clamped(math.fsum(probabilities) / len(probabilities), clamp)
-            out.compared.append(Compared(first.prompt.id, first.index, second.index, better, tuple(biases), tuple(used)))
+            out.compared.append(Compared(name, a, b, better, tuple(biases), tuple(used)))
     if asked and not out.compared:
         raise UserError(f"{judge.name} said nothing usable of {len(asked)} comparisons, such as {out.problems[0]}.")
     return out
@@ -201,8 +206,8 @@ def soft_pairs(groups: Sequence[Sequence[Completion]], feedback: Feedback) -> li
 
 
 def rankings(groups: Sequence[Sequence[Completion]], feedback: Feedback) -> list[Ranking]:
-    """For the label store: a prompt's completions by the sum of their probabilities of being better. The labeler is the judge, the criterion
-    the constitution."""
+    """For the label store: a prompt's completions by the sum of their probabilities of being better. The labeler is the judge with the
+    constitution's digest, which is also in the criterion."""
     of: dict[str, list[Compared]] = {}
     for c in feedback.compared:
         of.setdefault(c.prompt_id, []).append(c)
@@ -211,14 +216,12 @@ def rankings(groups: Sequence[Sequence[Completion]], feedback: Feedback) -> list
         given = of.get(group[0].prompt.id, [])
         if len(given) < len(group) * (len(group) - 1) // 2:
             continue  # of some pair nothing usable was said
-        points = {c.index: 0.0 for c in group}
+        points = dict.fromkeys(range(len(group)), 0.0)
         for c in given:
             points[c.first] += c.probability
             points[c.second] += 1 - c.probability
         levels = sorted({round(value, 9) for value in points.values()}, reverse=True)
-        ranks = tuple(levels.index(round(points[c.index], 9)) + 1 for c in group)
+        ranks = tuple(levels.index(round(points[k], 9)) + 1 for k in range(len(group)))
         principles = ", ".join(dict.fromkeys(name for c in given for name in c.principles))
-        out.append(
-            Ranking(group[0].prompt.id, f"ai:{feedback.judge}", ranks, feedback.constitution, simulated=True, note=f"by {principles}")
-        )
+        out.append(Ranking(group[0].prompt.id, feedback.labeler, ranks, feedback.constitution, simulated=True, note=f"by {principles}"))
     return out

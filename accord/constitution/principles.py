@@ -39,6 +39,7 @@ OURS = "accord"
 TEXTS = ("critique", "revision", "comparison")
 FIELDS = ("id", *TEXTS, "weight", "priority")
 WHOLE = ("name", "version", "principles")
+LONGEST = 40  # characters of name and version
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def problems(raw: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with a constitution, a sentence each: what is missing, where, and what to do."""
     out = [f"unknown field '{name}'.{did_you_mean(str(name), WHOLE)} Known: {', '.join(WHOLE)}." for name in raw if name not in WHOLE]
     out += [f"it has no {name}; write '{name}: ...' at the top." for name in ("name", "version") if not _said(raw.get(name))]
+    if len(f"{raw.get('name')}{raw.get('version')}") > LONGEST:
+        out.append(f"its name and version have more than {LONGEST} characters together; labels name them, so shorten them.")
     principles = raw.get("principles")
     if not isinstance(principles, list) or not principles:
         return [*out, "it has no principles; list at least one, with id, critique, revision and comparison."]
@@ -183,6 +186,7 @@ FIELD = re.compile(r"^\s*\**(critique|revision|comparison|weight|priority)\**\s*
 
 
 def _markdown(text: str, where: str) -> dict[str, Any]:
+    text = text.removeprefix("\ufeff")
     top = re.match(r"\A\s*---\n(.*?)\n---\s*\n", text, re.DOTALL)
     if top is None:
         raise UserError(f"{where} does not begin with name and version between two lines '---'; write them there.")
@@ -196,6 +200,8 @@ def _principle(name: str, body: str) -> dict[str, Any]:
     """A heading's fields. Paragraphs that begin with no field's name are for readers."""
     out: dict[str, Any] = {"id": name}
     for paragraph in re.split(r"\n\s*\n", body.strip()):
+        if not FIELD.match(paragraph):
+            continue
         field = ""
         for line in paragraph.splitlines():
             found = FIELD.match(line)

@@ -6,6 +6,8 @@ probability that they are toxic. What comes last becomes an example for ``accord
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,7 +45,12 @@ class Step:
 
 @dataclass
 class Chain:
-    """What became of a prompt. ``dropped``: why its last revision is no example; empty if it is one."""
+    """What became of a prompt.
+
+    Attributes:
+        dropped: why its last revision is no example; empty if it is one.
+        unwritten: the writer failed, so the chain is tried again when the command is given again.
+    """
 
     id: str
     prompt: Content
@@ -52,17 +59,22 @@ class Chain:
     toxicity: float
     steps: list[Step] = field(default_factory=list)
     dropped: str = ""
+    unwritten: bool = False
 
     @property
     def last(self) -> str:
         return self.steps[-1].revision if self.steps else self.first
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "unwritten"}
+
+    def fail(self, problem: str, otherwise: str) -> None:
+        """``problem``: the writer's; if it has none, ``otherwise`` is wrong with what it wrote."""
+        self.dropped, self.unwritten = problem or otherwise, bool(problem)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Chain:
-        values = {name: row[name] for name in cls.__dataclass_fields__}
+        values = {name: row[name] for name in cls.__dataclass_fields__ if name != "unwritten"}
         return cls(**{**values, "steps": [Step(**step) for step in row["steps"]]})
 
 
@@ -84,13 +96,16 @@ def revise(
     Raises:
         UserError: ``path`` holds chains of another constitution, writer, number of revisions, luck or shots, or none could be made.
     """
-    about = {"writer": writer.name, "constitution": constitution.label, "revisions": times, "seed": seed, "shots": len(shots)}
+    about = {"writer": writer.about, "constitution": constitution.label, "revisions": times, "seed": seed, "shots": digest_of(shots)}
+    content = {p.id: p.content for p in prompts}
     repair_lines(path)
     done: dict[str, Chain] = {}
     for row in read_lines(path):
         for name, now in about.items():
             if row.get(name) != now:
                 raise UserError(f"{path} was made with another {name} ({row.get(name)}; now {now}); choose another --out, or put it back.")
+        if row["id"] in content and content[row["id"]] != row["prompt"]:
+            raise UserError(f"{path} has another prompt '{row['id']}' than there is now; choose another --out, or put it back.")
         done[row["id"]] = Chain.of(row)
     waiting = [p for p in prompts if p.id not in done]
     with bar("Revisions", len(prompts)) as progress:
@@ -98,7 +113,7 @@ def revise(
         for start in range(0, len(waiting), TOGETHER):
             safe_point("Chains that are done are kept.")
             chains = _chains(writer, waiting[start : start + TOGETHER], constitution, times, seed, shots)
-            append_lines(path, [{**about, **chain.to_json()} for chain in chains])
+            append_lines(path, [{**about, **chain.to_json()} for chain in chains if not chain.unwritten])
             done |= {chain.id: chain for chain in chains}
             progress.advance(len(chains))
     found = [done[p.id] for p in prompts]
@@ -113,20 +128,20 @@ def _chains(
     asked = [turns(p) for p in prompts]
     firsts = writer.write([Asked(f"{p.id} answer", chat) for p, chat in zip(prompts, asked, strict=True)])
     scores = toxicity([w.text for w in firsts])
-    chains = [
-        Chain(p.id, p.content, p.theme, w.text, t, dropped=w.problem or ("" if w.text else "the first answer is empty"))
-        for p, w, t in zip(prompts, firsts, scores, strict=True)
-    ]
+    chains = [Chain(p.id, p.content, p.theme, w.text, t) for p, w, t in zip(prompts, firsts, scores, strict=True)]
+    for chain, w in zip(chains, firsts, strict=True):
+        if w.problem or not w.text:
+            chain.fail(w.problem, "the first answer is empty")
     drawn = [constitution.draw(p.id, times, seed) for p in prompts]
     cut = [not w.finished for w in firsts]
     for k in range(times):
         left = [i for i, chain in enumerate(chains) if not chain.dropped]
-        chats = [[*shots, *asked[i], said(chains[i].last), request(drawn[i][k].critique)] for i in left]
+        chats = [[*after_system(asked[i], shots), said(chains[i].last), request(drawn[i][k].critique)] for i in left]
         critiques = writer.write([Asked(f"{chains[i].id} critique {k}", chat) for i, chat in zip(left, chats, strict=True)])
         both = list(zip(left, chats, critiques, strict=True))
         for i, _, critique in both:
             if critique.problem or not critique.text:
-                chains[i].dropped = critique.problem or "a critique is empty"
+                chains[i].fail(critique.problem, "a critique is empty")
         both = [(i, chat, critique) for i, chat, critique in both if not chains[i].dropped]
         revisions = writer.write(
             [Asked(f"{chains[i].id} revision {k}", [*chat, said(c.text), request(drawn[i][k].revision)]) for i, chat, c in both]
@@ -134,10 +149,11 @@ def _chains(
         rude = toxicity([w.text for w in revisions])
         for (i, _, critique), revision, score in zip(both, revisions, rude, strict=True):
             text = unwrapped(revision.text)
-            chains[i].steps.append(Step(drawn[i][k].id, critique.text, text, score))
             cut[i] = not revision.finished
             if revision.problem or not text:
-                chains[i].dropped = revision.problem or "a revision is empty"
+                chains[i].fail(revision.problem, "a revision is empty")
+            else:
+                chains[i].steps.append(Step(drawn[i][k].id, critique.text, text, score))
     for i, chain in enumerate(chains):
         chain.dropped = chain.dropped or check(chain, drawn[i], cut[i])
     return chains
@@ -145,6 +161,16 @@ def _chains(
 
 def turns(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else [dict(m) for m in prompt.content]
+
+
+def after_system(chat: list[Message], shots: Sequence[Message]) -> list[Message]:
+    """The chat with the shots before it, but after what the system says, which templates want first."""
+    first = 1 if chat and chat[0]["role"] == "system" else 0
+    return [*chat[:first], *shots, *chat[first:]]
+
+
+def digest_of(shots: Sequence[Message]) -> str:
+    return hashlib.sha256(json.dumps(list(shots)).encode()).hexdigest()[:12] if shots else ""
 
 
 def said(text: str) -> Message:
@@ -156,7 +182,9 @@ def request(text: str) -> Message:
 
 
 PREFACE = re.compile(
-    r"^\s*(sure[^:\n]{0,80}|(here|this)( is|'s)[^:\n]{0,80}|(the |my )?(revised|rewritten|new)[^:\n]{0,40}):\s*", re.IGNORECASE
+    r"^\s*((sure|certainly|of course)\b[^:\n]{0,60}|(here|this)( is|'s)\b[^:\n]{0,60}|(the |my |a )?(revised|rewritten|new)\b[^:\n]{0,40})"
+    r"\b(response|answer|revision|version|rewrite|reply)\b[^:\n]{0,30}:\s*",
+    re.IGNORECASE,
 )
 
 
@@ -166,8 +194,11 @@ def unwrapped(text: str) -> str:
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1] else text
 
 
+DECLINES = re.compile(r"\b(sorry|can(no|')t|won't|will not|unable|not able)\b", re.IGNORECASE)
+
+
 def words(text: str) -> set[str]:
-    """Those that carry content."""
+    """Those of English that carry content; none of a text in other letters."""
     return {word for word in re.findall(r"[a-z']{3,}", text.lower()) if word not in FUNCTION_WORDS}
 
 
@@ -183,8 +214,8 @@ def check(chain: Chain, principles: Sequence[Principle], cut: bool) -> str:
         return "the last revision is a copy of the first answer"
     if any(last == plain(step.critique) for step in chain.steps) or any(last in (plain(p.critique), plain(p.revision)) for p in principles):
         return "the last revision is a copy of a critique or a request"
-    asked = " ".join(m["content"] for m in turns(Prompt(chain.id, chain.prompt)))
-    if not words(chain.last) & (words(asked) | words(chain.first)):
+    known = words(" ".join(m["content"] for m in turns(Prompt(chain.id, chain.prompt)))) | words(chain.first)
+    if chain.steps and known and words(chain.last) and not words(chain.last) & known and not DECLINES.search(chain.last):
         return "the last revision leaves the prompt unanswered: it has no word of it, nor of the first answer"
     return ""
 

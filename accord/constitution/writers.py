@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from accord.constitution.endpoint import Endpoint, is_endpoint, name_of, text_of
+from accord.nn.weights import sampled_fingerprint
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
 from accord.service import Refused
 
 Message = dict[str, str]
+TURN = "\n\nHuman:"
 
 
 class Asked(NamedTuple):
@@ -31,10 +34,12 @@ class Written(NamedTuple):
 
 class Writer(Protocol):
     """Attributes:
-    name: as files name it.
+    name: as people name it.
+    about: what its texts depend on.
     """
 
     name: str
+    about: str
 
     def write(self, asked: Sequence[Asked]) -> list[Written]:
         """The assistant's next message of each chat."""
@@ -46,6 +51,7 @@ class PolicyWriter:
 
     def __init__(self, policy: Policy, name: str, temperature: float, max_new_tokens: int, seed: int = 0, rows: int = 64) -> None:
         self.name, self._policy = name, policy
+        self.about = f"{name} ({sampled_fingerprint(policy.model)}), temperature {temperature:g}, {max_new_tokens} tokens"
         self._engine, self._sampling = Engine(policy, rows), Sampling(temperature, max_new_tokens=max_new_tokens, seed=seed)
 
     def write(self, asked: Sequence[Asked]) -> list[Written]:
@@ -62,7 +68,8 @@ class PolicyWriter:
             for ids in contexts
         ]
         for i, (tokens, _, finished) in zip(fitting, told, strict=True):
-            out[i] = Written(self._policy.tokenizer.decode(tokens).strip(), finished)
+            text, speaks, _ = self._policy.tokenizer.decode(tokens).partition(TURN)  # without a template it may go on with the user's turn
+            out[i] = Written(text.strip(), finished or bool(speaks))
         return out
 
     def _content(self, chat: list[Message]) -> str | list[Message]:
@@ -76,15 +83,17 @@ class EndpointWriter:
     """A model of a service."""
 
     def __init__(self, endpoint: Endpoint, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
-        self.name, self._endpoint = endpoint.model, endpoint
-        self._body = {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed}
+        self.name, self._endpoint, self._seed = endpoint.model, endpoint, seed
+        self.about = f"{endpoint.model} at {endpoint.url}, temperature {temperature:g}, {max_new_tokens} tokens"
+        self._body = {"temperature": temperature, "max_tokens": max_new_tokens}
 
     def write(self, asked: Sequence[Asked]) -> list[Written]:
         return self._endpoint.each(self._one, asked)
 
     def _one(self, asked: Asked) -> Written:
         try:
-            choice = self._endpoint.ask({"messages": asked.chat, **self._body})
+            luck = int(hashlib.sha256(f"{self._seed} {asked.name}".encode()).hexdigest()[:7], 16)
+            choice = self._endpoint.ask({"messages": asked.chat, **self._body, "seed": luck})
             return Written(text_of(choice).strip(), choice.get("finish_reason") != "length")
         except Refused as refused:
             return Written("", False, f"the service {refused.cause}")
