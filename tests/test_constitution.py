@@ -403,7 +403,7 @@ def test_a_question_that_is_never_answered_does_not_stop_the_others(service, mon
     service.poison = "poison"
     many = [group(f"p{i}", "a" * (i + 2), "b") for i in range(60)]
     many[3] = group("bad", "poison", "b")
-    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=2)), many, constitution())
+    found = compare(EndpointJudge(Endpoint("Judge", service.url, "big", concurrency=3)), many, constitution())
     assert len(found.compared) == 59 and "while it answered other requests" in found.problems[0]
 
 
