@@ -138,11 +138,11 @@ def main():
 
     PAGE.write_text("\n".join([
         "# Pretraining against transformers", "",
-        f"`python bench/pretrain.py TINYSHAKESPEARE WIKITEXT2-VALIDATION`: size {arguments.size}, {arguments.tokens:,} tokens of each text (a vocabulary of 2048, context 256, 8192 tokens a step, AdamW), "
+        f"`python bench/pretrain.py TINYSHAKESPEARE WIKITEXT2-VALIDATION --tokens {arguments.tokens} --rounds {arguments.rounds} --programs '{arguments.programs}'`: size {arguments.size}, {arguments.tokens:,} tokens of each text (a vocabulary of 2048, context 256, 8192 tokens a step, AdamW), "
         f"{arguments.rounds} seeds, each program in a process of its own, one after the other. The same first weights, rows, order and rates; computation in {str(default_dtype()).removeprefix('torch.')} over fp32 weights for all. "
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}.", "",
         "| text | program | tokens a second, median | accord is faster by | held-out bits a byte, a seed each |", "|---|---|---|---|---|", *lines, "",
-        "The peer is `LlamaForCausalLM` with its fused attention and torch's fused AdamW in a plain loop, and the same under `torch.compile`. nanochat was not run: it is made for GPUs.", "",
+        "The peer is `LlamaForCausalLM` with its fused attention and torch's fused AdamW in a plain loop" + (", and the same under `torch.compile`" if any("compiled" in name for name in names) else "") + ". nanochat was not run: it is made for GPUs.", "",
     ]))  # fmt: skip
 
 
