@@ -21,7 +21,7 @@ from accord.rollout.sampling import Sampling
 from accord.runs import Run
 from accord.stages import Done, Gate
 from accord.stories.grammar import readings
-from accord.stories.stories import ANIMALS, MOODS, PLACES, STORY, Wish, ask, read_story, stories, wishes
+from accord.stories.stories import STORY, ask, every_wish, read_story, stories, wishes
 from accord.text.vocabulary import learn_tokenizer, statistics
 from accord.tuning import carry_out, folder_of, prepare, train_sft
 
@@ -88,9 +88,9 @@ class Beginning:
             return Done(falls(tuned.before, tuned.after, "bits_per_byte", "bits a byte"), tuned.after, tokens)
         policy = Policy.load(str(self.run.folder / "pretrain/policy"), self.base.pretrain.dtype)
         texts = self.told(policy, self.base.temperature)
-        parses = share_of_stories(texts)
-        plain = parses if self.base.temperature == 1 else share_of_stories(self.told(policy, 1.0))
-        known, whole = set(read_texts(self.texts)), [text for text in texts if read_story(text)]
+        whole, parses = stories_among(texts)
+        plain = parses if self.base.temperature == 1 else stories_among(self.told(policy, 1.0))[1]
+        known = set(read_texts(self.texts))
         new = sum(text not in known for text in whole) / max(1, len(whole))
         write_lines(self.run.folder / "stories.jsonl", ({"story": text} for text in texts))
         ratio = tuned.after["bits_per_byte"] / rate()
@@ -149,13 +149,15 @@ def rate() -> float:
 
 def story_prompts() -> list[Prompt]:
     """Every wish once, in words that its id decides."""
-    every = [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
-    return [Prompt(wish.id, ask(wish, random.Random(wish.id)), wish.mood) for wish in every]
+    return [Prompt(wish.id, ask(wish, random.Random(wish.id)), wish.mood) for wish in every_wish()]
 
 
-def share_of_stories(texts: Sequence[str]) -> Estimate:
-    """How many are of the grammar."""
-    return bootstrap_mean([float(read_story(text) is not None) for text in texts], [str(i) for i in range(len(texts))])
+def stories_among(texts: Sequence[str]) -> tuple[list[str], Estimate]:
+    """Those that are of the grammar, and their share."""
+    are = [read_story(text) is not None for text in texts]
+    return [text for text, is_one in zip(texts, are, strict=True) if is_one], bootstrap_mean(
+        list(map(float, are)), list(map(str, range(len(texts))))
+    )
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

@@ -144,8 +144,8 @@ class Service:
             self._answered += 1
 
     def _check_outage(self) -> None:
-        waited = time.monotonic() - (self._since if self._since is not None else time.monotonic())
-        if self._since is not None and waited >= self.OUTAGE:
+        """For those that hold the lock."""
+        if self._since is not None and (waited := time.monotonic() - self._since) >= self.OUTAGE:
             raise UserError(
                 f"{self.name} {self._cause}, for {waited / 60:.0f} minutes now. Nothing is lost: what it has answered is kept. Go on when it is back."
             )

@@ -194,8 +194,8 @@ MUTANTS = [
     ("rollout/pieces", "uniform, temperature, tokens, logprobs", "uniform, 1.0, tokens, logprobs", "sampler forgets the temperature", ROLL, "scoring_path_agree"),
     ("rl/experience", "    if guide is not None:\n        raw = budget", "    if False:\n        raw = budget", "NLPO: KL of the masked policy", ALG, "kl_without_its_mask"),
     # Constitutional AI.
-    ("constitution/judging", "sigma((x + y) / 2)", "sigma(x)", "a judge is believed in one order", "test_constitution.py", "cancelled"),
-    ("constitution/judging", "biases.append((x - y) / 2)", "biases.append((x + y) / 2)", "the position bias is the preference", "test_constitution.py", "cancelled"),
+    ("constitution/judging", "return (x + y) / 2, (x - y) / 2", "return x, (x - y) / 2", "a judge is believed in one order", "test_constitution.py", "cancelled"),
+    ("constitution/judging", "return (x + y) / 2, (x - y) / 2", "return (x + y) / 2, (x + y) / 2", "the position bias is the preference", "test_constitution.py", "cancelled"),
     ("constitution/judging", "Pair(c.second, c.first, 1 - c.probability)", "Pair(c.second, c.first, c.probability)", "a soft label's other side has the same weight", "test_constitution.py", "cross_entropy"),
     ("constitution/judging", "min(max(probability, clamp), 1 - clamp)", "max(probability, clamp)", "a clamp holds on one side only", "test_constitution.py", "clamp"),
     ("constitution/judging", "math.fsum(probabilities) / len(probabilities)", "probabilities[0]", "of an ensemble the first principle counts", "test_constitution.py", "ensemble"),

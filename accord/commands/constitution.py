@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accord.commands.options import BUNDLED, MODEL_HELP, PROMPTS_HELP, Command
+from accord.commands.options import BUNDLED, MODEL_HELP, PROMPTS_HELP, Command, at_least
 from accord.constitution.principles import OURS
 from accord.disk import write_lines, write_whole
 from accord.errors import UserError
@@ -134,7 +134,7 @@ def do_check(arguments: argparse.Namespace) -> None:
     from accord.constitution.judging import firing
     from accord.data.sources import read_completions
 
-    _at_least(arguments, most=1)
+    at_least(arguments, most=1)
     some = [c for group in read_completions(arguments.completions, with_tokens=False).values() for c in group][: arguments.most]
     shares, trouble = firing(_judge(arguments), some, constitution)
     shown = Table("principle", "weight", "priority", f"fires on, of {several(len(some), 'answer')}")
@@ -151,7 +151,7 @@ def do_revise(arguments: argparse.Namespace) -> None:
     from accord.constitution.writers import writer_of
     from accord.data.sources import read_examples, read_prompts
 
-    _at_least(arguments, revisions=0, max_new_tokens=1, temperature=0)
+    at_least(arguments, revisions=0, max_new_tokens=1, temperature=0)
     if not math.isfinite(arguments.temperature):
         raise UserError(f"--temperature is {arguments.temperature}; it must be a number.")
     constitution = read_constitution(arguments.constitution)
@@ -186,7 +186,7 @@ def do_prefer(arguments: argparse.Namespace) -> None:
     from accord.data.sources import read_completions
     from accord.feedback.export import group_rows
 
-    _at_least(arguments, ensemble=1)
+    at_least(arguments, ensemble=1)
     clamp = arguments.clamp if arguments.clamp is not None else 0.4 if arguments.thinking else None
     if clamp is not None and not 0 <= clamp < 0.5:
         raise UserError(f"--clamp is {clamp:g}; it must be at least 0 and less than 0.5.")
@@ -221,18 +221,12 @@ def _judge(arguments: argparse.Namespace) -> Judge:
 
 
 def _service(arguments: argparse.Namespace) -> dict[str, Any]:
-    _at_least(arguments, concurrency=1)
+    at_least(arguments, concurrency=1)
     if arguments.budget is not None:
-        _at_least(arguments, budget=1)
+        at_least(arguments, budget=1)
     if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
         raise UserError(f"--timeout is {arguments.timeout:g}; it must be a number of seconds above 0.")
     return {"concurrency": arguments.concurrency, "budget": arguments.budget, "timeout": arguments.timeout}
-
-
-def _at_least(arguments: argparse.Namespace, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(arguments, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {value} or more.")
 
 
 def _tell(problems: list[str], what: str = "Without a usable verdict") -> None:

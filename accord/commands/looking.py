@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accord.commands.options import BUNDLED, MODEL_HELP, TEXT_HELP, Command, add_model, settings
+from accord.commands.options import BUNDLED, MODEL_HELP, TEXT_HELP, Command, add_model, at_least, settings
 from accord.config import EvaluationSettings
 from accord.disk import write_whole
 from accord.errors import UserError
@@ -151,9 +151,7 @@ def do_compare(arguments: argparse.Namespace) -> None:
     from accord.data.sources import read_texts
     from accord.inside.comparison import as_json, compare, page, table
 
-    for name, least in (("window", 2), ("samples", 0), ("max_new_tokens", 1)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {least} or more.")
+    at_least(arguments, window=2, samples=0, max_new_tokens=1)
     _refuse_page(arguments.out, "<title>accord compare: ")
     texts = read_texts(arguments.text, arguments.most)
     found = compare(
@@ -184,8 +182,7 @@ def do_play(arguments: argparse.Namespace) -> None:
     from accord.data.statistics import bootstrap_ratio
     from accord.rollout.environments import make_environment
 
-    if arguments.episodes < 1:
-        raise UserError(f"--episodes is {arguments.episodes}; it must be 1 or more.")
+    at_least(arguments, episodes=1)
     world = make_environment(arguments.environment)
     policy = load_start(arguments.model, "auto", world)
     rollout = play_episodes(policy, world, arguments.episodes, arguments.temperature, arguments.seed)

@@ -54,9 +54,24 @@ def add_ranked(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_preferences(parser: argparse.ArgumentParser) -> None:
+    """What :class:`Given` reads."""
+    parser.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
+    add_ranked(parser)
+
+
 def preferences(arguments: argparse.Namespace) -> Given:
-    """The options that :func:`add_ranked` adds, and ``--pairs``."""
+    """The options that :func:`add_preferences` adds, or :func:`add_ranked`."""
     return Given(*(getattr(arguments, name, None) for name in Given._fields))
+
+
+def at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises:
+    UserError: an option's number is less.
+    """
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be {value} or more.")
 
 
 def settings(arguments: argparse.Namespace, kind: type[BaseModel], base: BaseModel | None = None) -> dict[str, Any]:

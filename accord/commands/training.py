@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from accord.commands.options import PROMPTS_HELP, TEXT_HELP, TUNED_HELP, Command, add_model, add_ranked, preferences, settings
+from accord.commands.options import PROMPTS_HELP, TEXT_HELP, TUNED_HELP, Command, add_model, add_preferences, preferences, settings
 from accord.config import RewardSettings, RLSettings
 from accord.errors import UserError
 from accord.feedback.given import Given
@@ -94,8 +94,7 @@ def add(command: Command) -> None:
         RewardSettings,
     )
     add_model(reward, "{}; the reward model shares its trunk")
-    reward.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
-    add_ranked(reward)
+    add_preferences(reward)
     reward.add_argument("--heldout", type=float, default=0.15, metavar="X", help="share of the prompts held out to measure on [0.15]")
     reward.add_argument(
         "--out", type=Path, required=True, help="folder to save the reward model in; the same command goes on with a training that was cut"
@@ -109,8 +108,7 @@ def add(command: Command) -> None:
         PreferenceSettings,
     )
     add_model(prefer, "{}; also the reference")
-    prefer.add_argument("--pairs", help="file or dataset with prompt, chosen, rejected")
-    add_ranked(prefer)
+    add_preferences(prefer)
     prefer.add_argument(
         "--validation", metavar="FILE", help="pairs that are measured on and not learned from [those of a tenth of the prompts]"
     )

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from accord.constitution.endpoint import Endpoint, is_endpoint, name_of, text_of
 from accord.constitution.judging import OPTIONS, Judge, Question, Verdict
 from accord.data.records import Completion, Pair, PairGroup, Prompt
@@ -130,8 +132,8 @@ def verdict_of(choice: Mapping[str, Any]) -> Verdict:
             break
         left = 1 - math.fsum(math.exp(t["logprob"]) for t in listed)
         least = min(*(t["logprob"] for t in listed), math.log(max(left, SURE**4)))
-        a, b = (_logsumexp(m) if m else least for m in mass)
-        total = _logsumexp([a, b])
+        a, b = (float(np.logaddexp.reduce(m)) if m else least for m in mass)
+        total = float(np.logaddexp(a, b))
         return Verdict((a - total, b - total))
     sure, other = math.log(1 - SURE), math.log(SURE)
     return Verdict((sure, other) if letter == "A" else (other, sure))
@@ -141,11 +143,6 @@ def _letter(token: object) -> str | None:
     """A or B, if that is what a token is, but for what stands around it."""
     word = token.strip(" \n\t()[]*\"'.:,") if isinstance(token, str) else ""
     return word if word in ("A", "B") else None
-
-
-def _logsumexp(values: Sequence[float]) -> float:
-    most = max(values)
-    return most + math.log(math.fsum(math.exp(v - most) for v in values)) if math.isfinite(most) else most
 
 
 def judge_of(spec: str, model: str | None, load: Callable[[str], Policy], **endpoint: Any) -> Judge:

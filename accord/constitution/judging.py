@@ -52,8 +52,7 @@ class Judge(Protocol):
 
 
 def conversation(prompt: Prompt) -> str:
-    said = [("user", prompt.content)] if isinstance(prompt.content, str) else [(m["role"], m["content"]) for m in prompt.content]
-    return "\n\n".join(f"{'Assistant' if role == 'assistant' else role.capitalize()}: {text}" for role, text in said)
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt.messages)
 
 
 def ask(prompt: Prompt, first: str, second: str, comparison: str, thinking: bool = False) -> Question:
@@ -74,8 +73,12 @@ def asks_whether(completion: Completion, principle: Principle, yes_first: bool) 
     )
 
 
-def log_odds(logprobs: tuple[float, float]) -> float:
-    return logprobs[0] - logprobs[1]
+def in_both_orders(one: Verdict, other: Verdict) -> tuple[float, float] | str:
+    """d and b of the module's equations, or why there are none."""
+    if one.logprobs is None or other.logprobs is None:
+        return one.problem or other.problem
+    x, y = one.logprobs[0] - one.logprobs[1], other.logprobs[1] - other.logprobs[0]
+    return (x + y) / 2, (x - y) / 2
 
 
 def sigma(x: float) -> float:
@@ -156,13 +159,12 @@ def compare(
     for name, a, b, principles in asked:
         probabilities, biases, used = list[float](), list[float](), list[str]()
         for p in principles:
-            one, other = next(verdicts), next(verdicts)
-            if one.logprobs is None or other.logprobs is None:
-                out.problems.append(f"'{name}', {p.id}: {one.problem or other.problem}")
+            told = in_both_orders(next(verdicts), next(verdicts))
+            if isinstance(told, str):
+                out.problems.append(f"'{name}', {p.id}: {told}")
                 continue
-            x, y = log_odds(one.logprobs), -log_odds(other.logprobs)
-            probabilities.append(sigma((x + y) / 2))
-            biases.append((x - y) / 2)
+            probabilities.append(sigma(told[0]))
+            biases.append(told[1])
             used.append(p.id)
         if probabilities:
             better = clamped(math.fsum(probabilities) / len(probabilities), clamp)
@@ -184,11 +186,11 @@ def firing(judge: Judge, completions: Sequence[Completion], constitution: Consti
     seen: dict[str, list[tuple[float, str]]] = {}
     trouble = list[str]()
     for c, p in asked:
-        one, other = next(verdicts), next(verdicts)
-        if one.logprobs is None or other.logprobs is None:
-            trouble.append(f"'{c.prompt.id}', {p.id}: {one.problem or other.problem}")
+        told = in_both_orders(next(verdicts), next(verdicts))
+        if isinstance(told, str):
+            trouble.append(f"'{c.prompt.id}', {p.id}: {told}")
             continue
-        seen.setdefault(p.id, []).append((float(log_odds(one.logprobs) > log_odds(other.logprobs)), c.prompt.id))
+        seen.setdefault(p.id, []).append((float(told[0] > 0), c.prompt.id))
     if asked and not seen:
         raise UserError(f"{judge.name} said nothing usable of {len(asked)} questions, such as {trouble[0]}.")
     return {name: bootstrap_mean([v for v, _ in rows], [i for _, i in rows]) for name, rows in seen.items()}, trouble

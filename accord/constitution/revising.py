@@ -21,7 +21,7 @@ import jinja2
 from accord.constitution.principles import Constitution, Principle
 from accord.constitution.writers import Asked, Message, Writer
 from accord.data.charts import line_chart
-from accord.data.records import Content, Prompt
+from accord.data.records import Content, Prompt, as_chat
 from accord.data.statistics import Estimate, bootstrap_mean
 from accord.disk import append_lines, read_lines, repair_lines
 from accord.errors import UserError
@@ -125,7 +125,7 @@ def revise(
 def _chains(
     writer: Writer, prompts: Sequence[Prompt], constitution: Constitution, times: int, seed: int, shots: Sequence[Message]
 ) -> list[Chain]:
-    asked = [turns(p) for p in prompts]
+    asked = [p.messages for p in prompts]
     firsts = writer.write([Asked(f"{p.id} answer", chat) for p, chat in zip(prompts, asked, strict=True)])
     scores = toxicity([w.text for w in firsts])
     chains = [Chain(p.id, p.content, p.theme, w.text, t) for p, w, t in zip(prompts, firsts, scores, strict=True)]
@@ -157,10 +157,6 @@ def _chains(
     for i, chain in enumerate(chains):
         chain.dropped = chain.dropped or check(chain, drawn[i], cut[i])
     return chains
-
-
-def turns(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else [dict(m) for m in prompt.content]
 
 
 def after_system(chat: list[Message], shots: Sequence[Message]) -> list[Message]:
@@ -214,7 +210,7 @@ def check(chain: Chain, principles: Sequence[Principle], cut: bool) -> str:
         return "the last revision is a copy of the first answer"
     if any(last == plain(step.critique) for step in chain.steps) or any(last in (plain(p.critique), plain(p.revision)) for p in principles):
         return "the last revision is a copy of a critique or a request"
-    known = words(" ".join(m["content"] for m in turns(Prompt(chain.id, chain.prompt)))) | words(chain.first)
+    known = words(" ".join(m["content"] for m in as_chat(chain.prompt))) | words(chain.first)
     if chain.steps and known and words(chain.last) and not words(chain.last) & known and not DECLINES.search(chain.last):
         return "the last revision leaves the prompt unanswered: it has no word of it, nor of the first answer"
     return ""
@@ -257,7 +253,7 @@ def page(chains: Sequence[Chain], writer: str, constitution: str) -> str:
     )
     template = jinja2.Environment(autoescape=True).from_string((files("accord.constitution") / "chains.html.j2").read_text())
     return template.render(
-        chains=chains, shown=[{"asked": turns(Prompt(c.id, c.prompt))[-1]["content"], "of": c} for c in chains[:SHOWN]], writer=writer,
+        chains=chains, shown=[{"asked": as_chat(c.prompt)[-1]["content"], "of": c} for c in chains[:SHOWN]], writer=writer,
         constitution=constitution, kept=sum(not c.dropped for c in chains), curve=points, chart=chart, dropped=why.most_common(),
         style=(files("accord.data") / "page.css").read_text(),
     )  # fmt: skip

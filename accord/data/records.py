@@ -15,6 +15,11 @@ SELDOM = ("ratings", "flags", "note", "decision")
 """What a ranking's row has only if somebody said it."""
 
 
+def as_chat(content: Content) -> list[dict[str, str]]:
+    """A text is what the user says."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a completion answers: plain text or chat messages."""
@@ -27,6 +32,11 @@ class Prompt:
     def text(self) -> str:
         """The last thing the user said; what people and text-based rewards look at."""
         return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All of it as a chat."""
+        return as_chat(self.content)
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "theme": self.theme, "prompt": self.content}
@@ -58,8 +68,7 @@ class Example:
     @property
     def messages(self) -> list[dict[str, str]]:
         """All of it as a chat; a text is what the user says."""
-        asked = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
-        return [*asked, {"role": "assistant", "content": self.answer}]
+        return [*as_chat(self.content), {"role": "assistant", "content": self.answer}]
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,11 @@ def read_wish(text: str) -> Wish | None:
 @cache
 def _asked() -> dict[str, Wish]:
     """Every wish in every words."""
-    every = [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
-    return {_in_words(form, wish): wish for wish in every for form in ASKING}
+    return {_in_words(form, wish): wish for wish in every_wish() for form in ASKING}
+
+
+def every_wish() -> list[Wish]:
+    return [Wish(mood, animal, place) for mood in MOODS for animal in ANIMALS for place in ("", *PLACES)]
 
 
 def _in_words(form: str, wish: Wish) -> str:

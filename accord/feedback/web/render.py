@@ -8,7 +8,7 @@ from typing import Any
 import nh3
 from markdown_it import MarkdownIt
 
-from accord.data.records import Content
+from accord.data.records import Content, as_chat
 
 TAGS = {
     "a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s", "strong",
@@ -36,5 +36,5 @@ def markdown(text: str) -> str:
 
 def turns(content: Content) -> list[dict[str, Any]]:
     """A prompt's messages: role, text and html."""
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    messages = as_chat(content)
     return [{"role": m["role"], "text": m["content"], "html": markdown(m["content"])} for m in messages]
