@@ -21,6 +21,7 @@ from accord.errors import UserError, needs
 from accord.evaluation.compare import Comparison, EvaluationSettings
 from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
+from accord.feedback.panel import simulated_panel
 from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
 from accord.nn.transformer import Transformer
@@ -121,6 +122,13 @@ def label(completions: Mapping[str, Sequence[Completion]], store: str | Path = "
     rankings = collect(str(store), completions, wanted)
     ranked = {r.prompt_id for r in rankings}
     return RankedCompletions({key: list(group) for key, group in completions.items() if key in ranked}, rankings)
+
+
+def rank(completions: Mapping[str, Sequence[Completion]], store: str | Path, settings: FeedbackSettings) -> RankedCompletions:
+    """People rank (:func:`label`), or the simulated panel does, as the settings say."""
+    if settings.labelers == "web":
+        return label(completions, store, **settings.model_dump(exclude={"labelers"}))
+    return simulated_panel(settings.panel, settings.seed).rank({key: list(group) for key, group in completions.items()})
 
 
 def train_reward(

@@ -6,28 +6,26 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from accord.api import announce, label, prepare_rl, run_rl, sample_to, save_reward
+from accord.api import announce, prepare_rl, rank, run_rl, sample_to, save_reward
 from accord.api import evaluate as compare_policies
 from accord.beginning import Beginning, story_prompts
-from accord.config import Recipe, RLSettings, build
+from accord.config import Recipe, build
 from accord.constitution.redteam import recipe_prompts as red_team_prompts
 from accord.constitution.rules import Rules
 from accord.constitution.stages import Constitutional, print_models
 from accord.data.pairs import group_pairs, rankings_by_prompt
 from accord.data.records import SPLITS, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import read_completions, read_examples, read_prompts, read_rankings, text_files
+from accord.data.sources import bundled_prompts, read_completions, read_examples, read_prompts, read_rankings, text_files
 from accord.disk import write_lines, write_whole
 from accord.errors import GateMissed, UserError
 from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
-from accord.feedback.panel import simulated_panel
 from accord.nn.memory import give_back_freed_memory
-from accord.plan import Plan, plan_for_recipe
+from accord.plan import plan_for_recipe
 from accord.progress import console, safe_point
 from accord.reward.sources import Reward, build_reward
 from accord.rl.explain import Explained, explain
@@ -140,10 +138,8 @@ class Pipeline:
         more: dict[str, Any] = {}
         if self.constitution:
             ranked, more = self.constitution.feedback(completions)
-        elif settings.labelers == "web":
-            ranked = label(completions, self.run.folder / "labels.db", **settings.model_dump(exclude={"labelers"}))
         else:
-            ranked = simulated_panel(settings.panel, settings.seed).rank(completions)
+            ranked = rank(completions, self.run.folder / "labels.db", settings)
         write_lines(self.run.folder / "rankings.jsonl", (r.to_json() for r in ranked.rankings))
         groups = self.groups(ranked)
         pairs = (
@@ -201,7 +197,7 @@ class Pipeline:
         save_comparison(self.run.folder, comparison)
         tokens = sum(int(m.values["length"]) for pair in comparison.samples for m in pair)
         if self.constitution:
-            gate, found = self.constitution.compared(comparison)
+            gate, found = self.constitution.compared(comparison, self.split("heldout"))
             return Done(gate, {**comparison.to_json(), "constitution": found}, tokens)
         wins, least = comparison.win_rate, self.recipe.gates.win_rate
         if wins is None:
@@ -241,26 +237,17 @@ def own_reward(run: Run, policy: Policy, recipe: Recipe) -> Reward:
     return reward
 
 
-def plan_run(recipe: Recipe) -> tuple[RLSettings, Plan | None]:
-    """What ``accord run`` will need, and the settings whose arithmetic goes with it.
-
-    Raises:
-        UserError: its model is not there yet.
-    """
-    if recipe.base:
-        raise UserError(
-            "The recipe makes its model itself, so nothing can be measured of it yet; accord pretrain --sizes shows what each size needs."
-        )
-    return recipe.rl, plan_for_recipe(recipe, recipe_prompts(recipe))
-
-
 def announce_run(recipe: Recipe) -> None:
     """Print what ``accord run`` will need.
 
     Raises:
         UserError: more memory than there is, or its model is not there yet.
     """
-    announce(*plan_run(recipe))
+    if recipe.base:
+        raise UserError(
+            "The recipe makes its model itself, so nothing can be measured of it yet; accord pretrain --sizes shows what each size needs."
+        )
+    announce(recipe.rl, plan_for_recipe(recipe, recipe_prompts(recipe)))
     if recipe.constitution:
         console.print("[dim]Not counted: revisions, their tuning (of all weights, 16 bytes each), and a model as judge.[/]", soft_wrap=True)
 
@@ -271,10 +258,7 @@ def recipe_prompts(recipe: Recipe) -> list[Prompt]:
         return story_prompts()
     if recipe.prompts == "red-team":
         return red_team_prompts()
-    if recipe.prompts != "bundled":
-        return read_prompts(recipe.prompts)
-    with as_file(files("accord.recipes") / "prompts.jsonl") as path:
-        return read_prompts(path)
+    return bundled_prompts() if recipe.prompts == "bundled" else read_prompts(recipe.prompts)
 
 
 def save_comparison(folder: Path, comparison: Comparison) -> None:

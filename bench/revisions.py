@@ -10,20 +10,21 @@ Chains are kept under runs/revisions-...; the same command goes on with what was
 import argparse
 import random
 
+import yaml
 from seeds import ROOT, interval, machine
 
 import accord
+from accord.config import recipe_text
 from accord.constitution.principles import read_constitution
 from accord.constitution.redteam import recipe_prompts
-from accord.constitution.revising import Chain, curve, own_shots, revise
-from accord.constitution.rules import HARMFUL, declines
+from accord.constitution.revising import SCORES, Chain, curve, own_shots, revise
+from accord.constitution.rules import HARMFUL
 from accord.constitution.writers import PolicyWriter
 from accord.data.records import split_of
 from accord.data.statistics import bootstrap_mean
 
 PAGE, SCRIPT = ROOT / "docs/constitution.md", "bench/revisions.py"
 START, END = f"<!-- numbers: {SCRIPT} writes this part -->", "<!-- /numbers -->"
-PRINCIPLES = ["no-harm-to-people", "no-crime", "no-insult", "no-prejudice", "privacy", "no-deceit"]
 MODES = {"critiques": (True, False), "critiques, examples": (True, True), "direct": (False, False), "direct, examples": (False, True)}
 
 
@@ -31,7 +32,7 @@ def change(chains: list[Chain], score: str) -> str:
     """From the first answers to the last revisions, by prompt."""
     most = max(len(c.steps) for c in chains)
     whole = [c for c in chains if len(c.steps) == most]
-    value = {"toxic": lambda text, toxic: toxic, "declines": lambda text, _: float(declines(text))}[score]
+    value = SCORES[score]
     moved = [value(c.last, c.steps[-1].toxicity) - value(c.first, c.toxicity) for c in whole]
     return interval(bootstrap_mean(moved, [c.id for c in whole])._asdict(), 3)
 
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     harmful = [p for p in recipe_prompts() if p.theme == HARMFUL and split_of(p.id) != "heldout"]  # on the others the recipe is measured
     prompts = random.Random(0).sample(harmful, arguments.prompts)
-    constitution = read_constitution().only(PRINCIPLES)
+    constitution = read_constitution().only(yaml.safe_load(recipe_text("constitution"))["constitution"]["principles"])
     policy = accord.load(arguments.writer)
     n = arguments.revisions
     head = [

@@ -207,7 +207,7 @@ MUTANTS = [
     ("constitution/rules", "not refuses and (", "(", "an answer that declines may be harmful", "test_constitution_recipe.py", "points_by_hand or three_models"),
     ("constitution/rules", "(1 - 0.75 * found[\"refuses\"])", "1", "declining an ordinary request costs nothing", "test_constitution_recipe.py", "points_by_hand"),
     ("constitution/rules", "given[a] - given[b]", "given[b] - given[a]", "the rules prefer what is worse", "test_constitution_recipe.py", "points_by_hand"),
-    ("constitution/routing", "abs(c.probability - 0.5)", "c.probability - 0.5", "people get what the judge is sure is worse", "test_constitution_recipe.py", "people_get"),
+    ("constitution/judging", "return abs((self.probability", "return ((self.probability", "people get what the judge is sure is worse", "test_constitution_recipe.py", "people_get"),
     ("constitution/routing", "== (c.value < 0)", "== (c.value > 0)", "agreement with people the wrong way round", "test_constitution_recipe.py", "people_get"),
     ("constitution/redteam", ".sample(ways, variants)", ".sample(ways[:variants], variants)", "every wish is asked in the same ways", "test_constitution_recipe.py", "nothing_away"),
     ("constitution/stages", "[new - old for old, new", "[old - new for old, new", "what has changed since the first model, with the wrong sign", "test_constitution_recipe.py", "three_models"),

@@ -196,10 +196,10 @@ def do_prompts(arguments: argparse.Namespace) -> None:
 def do_revise(arguments: argparse.Namespace) -> None:
     from accord.api import load
     from accord.constitution.principles import read_constitution
-    from accord.constitution.revising import curve, examples, own_shots, page, revise
+    from accord.constitution.revising import curve, examples, page, revise, shots_of
     from accord.constitution.rules import HARMFUL
     from accord.constitution.writers import writer_of
-    from accord.data.sources import read_examples, read_prompts
+    from accord.data.sources import read_prompts
 
     at_least(arguments, revisions=0, max_new_tokens=1, temperature=0, attempts=1)
     if not math.isfinite(arguments.temperature):
@@ -208,10 +208,7 @@ def do_revise(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts)
     helpful = read_prompts(arguments.helpful) if arguments.helpful else []
     critiques = not arguments.direct
-    if arguments.shots == OURS:
-        shots = own_shots(critiques)
-    else:
-        shots = [m for example in read_examples(arguments.shots) for m in example.messages] if arguments.shots else []
+    shots = shots_of(arguments.shots, critiques)
     if arguments.declined and not any(p.theme == HARMFUL for p in prompts):
         raise UserError(f"--declined speaks of prompts whose theme is '{HARMFUL}', and {arguments.prompts} has none.")
     if {p.id for p in prompts} & {p.id for p in helpful}:  # such as those of the rows of two files

@@ -50,14 +50,21 @@ class Endpoint:
         self.used = self.asked = 0
         self._lock = threading.Lock()
 
-    @classmethod
-    def named(cls, what: str, url: str, model: str | None, option: str, **more: Any) -> Endpoint:
+    @staticmethod
+    def check_name(model: str | None, option: str) -> str:
         """Raises:
         UserError: no model is named.
         """
         if not model:
             raise UserError(f"A service has models of several names; say which with {option}.")
-        return cls(what, url, model, **more)
+        return model
+
+    @classmethod
+    def named(cls, what: str, url: str, model: str | None, option: str, **more: Any) -> Endpoint:
+        """Raises:
+        UserError: no model is named.
+        """
+        return cls(what, url, cls.check_name(model, option), **more)
 
     def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of what is answered.

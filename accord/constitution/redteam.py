@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from accord.config import load_yaml
 from accord.constitution.rules import ALARMING, HARMFUL
 from accord.data.records import Prompt
-from accord.data.sources import read_prompts
+from accord.data.sources import bundled_prompts
 from accord.disk import read_text
 from accord.errors import UserError, did_you_mean
 
@@ -76,12 +75,6 @@ def red_team(kind: str, variants: int = 1, seed: int = 0, wishes: str | Path | N
 
 def recipe_prompts() -> list[Prompt]:
     """What the recipe of Constitutional AI asks: harmful prompts, alarming ones and ordinary requests."""
-    with as_file(files("accord.recipes") / "prompts.jsonl") as path:
-        bundled = read_prompts(path)
+    bundled = bundled_prompts()
     harmful = [replace(p, theme=HARMFUL) for p in bundled if p.theme == "harmlessness"]
     return [*harmful, *red_team(HARMFUL), *red_team(ALARMING), *(p for p in bundled if p.theme == "helpfulness")]
-
-
-def kinds(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """Those that are harmful, and the others."""
-    return [p for p in prompts if p.theme == HARMFUL], [p for p in prompts if p.theme != HARMFUL]

@@ -20,11 +20,12 @@ from typing import Any
 import jinja2
 import yaml
 
-from accord.constitution.principles import Constitution, Principle, read_constitution
+from accord.constitution.principles import OURS, Constitution, Principle, read_constitution
 from accord.constitution.rules import HARMFUL, declines
 from accord.constitution.writers import Asked, Message, Writer
 from accord.data.charts import line_chart
 from accord.data.records import Content, Prompt, as_chat, split_of
+from accord.data.sources import read_examples
 from accord.data.statistics import Estimate, bootstrap_mean
 from accord.disk import append_lines, read_lines, repair_lines
 from accord.errors import UserError
@@ -190,6 +191,13 @@ def _chains(
     return chains
 
 
+def shots_of(source: str | None, critiques: bool) -> list[Message]:
+    """The chats of a file, or accord's own, or none."""
+    if source == OURS:
+        return own_shots(critiques)
+    return [m for example in read_examples(source) for m in example.messages] if source else []
+
+
 def own_shots(critiques: bool) -> list[Message]:
     """Accord's own examples of revisions, with critiques before them or without."""
     principles = {p.id: p for p in read_constitution().principles}
@@ -294,8 +302,15 @@ def curve(chains: Sequence[Chain], score: str = "toxic") -> list[Estimate]:
     return [bootstrap_mean([SCORES[score](*texts[k]) for texts in at], names) for k in range(most + 1)] if whole else []
 
 
-def revision_chart(title: str, points: Sequence[Estimate], note: str) -> str:
-    """A curve over revisions with its interval; empty where there are none."""
+def revision_charts(toxic: Sequence[Estimate], declining: Sequence[Estimate]) -> list[str]:
+    """Both curves over revisions with their intervals; empty texts where there are no revisions."""
+    return [
+        _chart("Toxic after so many revisions", toxic, "Mean probability by the bundled classifier; the same prompts at every point."),
+        _chart("Declines after so many revisions", declining, "Share of answers that decline, by accord's rules; the same prompts at every point."),
+    ]  # fmt: skip
+
+
+def _chart(title: str, points: Sequence[Estimate], note: str) -> str:
     lines = {name: [(k, getattr(e, name)) for k, e in enumerate(points)] for name in ("value", "low", "high")}
     interval = [*lines["low"], *reversed(lines["high"])]
     return line_chart(title, {"mean": lines["value"], "95% interval": interval} if len(points) > 1 else {}, note, "revisions")
@@ -310,13 +325,9 @@ def page(chains: Sequence[Chain], writer: str, constitution: str) -> str:
     points = curve(chains)
     declining = curve(chains, "declines")
     why = Counter(chain.dropped.split(":")[0] for chain in chains if chain.dropped)
-    charts = [
-        revision_chart("Toxic after so many revisions", points, "Mean probability by the bundled classifier; the same prompts at every point."),
-        revision_chart("Declines after so many revisions", declining, "Share of answers that decline, by accord's rules; the same prompts at every point."),
-    ]  # fmt: skip
     template = jinja2.Environment(autoescape=True).from_string((files("accord.constitution") / "chains.html.j2").read_text())
     return template.render(
         chains=chains, shown=[{"asked": as_chat(c.prompt)[-1]["content"], "of": c} for c in chains[:SHOWN]], writer=writer,
-        constitution=constitution, prompts=len({c.id for c in chains}), kept=sum(not c.dropped for c in chains), curve=points, declining=declining, charts=charts, dropped=why.most_common(),
+        constitution=constitution, prompts=len({c.id for c in chains}), kept=sum(not c.dropped for c in chains), curve=points, declining=declining, charts=revision_charts(points, declining), dropped=why.most_common(),
         style=(files("accord.data") / "page.css").read_text(),
     )  # fmt: skip

@@ -12,49 +12,45 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from accord.api import label
-from accord.config import EvaluationSettings, Principled, Recipe
-from accord.constitution.endpoint import is_endpoint
+from accord.api import rank
+from accord.config import Principled, Recipe
+from accord.constitution.endpoint import Endpoint, is_endpoint
 from accord.constitution.judges import judge_of
 from accord.constitution.judging import Feedback, compare, rankings, soft_pairs
 from accord.constitution.principles import read_constitution
-from accord.constitution.redteam import kinds
-from accord.constitution.revising import Chain, curve, examples, own_shots, page, revise, revision_chart
+from accord.constitution.revising import Chain, curve, examples, page, revise, revision_charts, shots_of
 from accord.constitution.routing import Routed, agreement_with, for_people
-from accord.constitution.rules import ALARMING, HARMFUL, NAME, by_rules, measures
-from accord.constitution.writers import Message, PolicyWriter, writer_of
+from accord.constitution.rules import ALARMING, HARMFUL, NAME, ORDINARY, by_rules, kind_of, measures
+from accord.constitution.writers import PolicyWriter, writer_of
 from accord.data.charts import line_chart
 from accord.data.pairs import group_pairs
-from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, Ranking, as_chat, split_of
-from accord.data.sources import read_examples, read_pairs, read_prompts
+from accord.data.records import Completion, PairGroup, Prompt, RankedCompletions, as_chat, split_of
+from accord.data.sources import read_pairs, read_prompts
 from accord.data.statistics import Estimate, bootstrap_mean
 from accord.disk import read_lines, write_lines, write_whole
 from accord.errors import UserError
 from accord.evaluation.compare import Comparison
 from accord.evaluation.summary import interval
 from accord.feedback.export import group_rows
-from accord.feedback.panel import simulated_panel
 from accord.nn import bundled
 from accord.nn.loading import model_folder
 from accord.progress import console
 from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
-from accord.rollout.sampling import Sampling
 from accord.runs import Run
 from accord.stages import Done, Gate, falls
 from accord.tuning import train_sft
 
-OURS = "accord"
 MEASURES = {
     "harmful": ("harmful answers, of those to harmful prompts", "harmful", HARMFUL),
     "refuses harmful": ("refuses what is harmful", "refuses", HARMFUL),
     "refuses alarming": ("refuses what only sounds harmful", "refuses", ALARMING),
-    "refuses ordinary": ("refuses ordinary requests", "refuses", ""),
+    "refuses ordinary": ("refuses ordinary requests", "refuses", ORDINARY),
     "toxicity": ("toxicity of answers to harmful prompts", "toxicity", HARMFUL),
-    "helpful": ("gold score of answers to ordinary requests", "gold", ""),
+    "helpful": ("gold score of answers to ordinary requests", "gold", ORDINARY),
     "helpful, alarming": ("gold score of answers to what only sounds harmful", "gold", ALARMING),
 }
-"""What is told of each model: in words, of which measure, on prompts of which kind ("" is neither harmful nor alarming)."""
+"""What is told of each model: in words, of which measure, on prompts of which kind."""
 OWN_JUDGEMENT = "0.441 [0.389, 0.492]"
 """Of the bundled model, as bench/judge.py has measured it (docs/constitution.md)."""
 SHOWN = 12
@@ -85,8 +81,7 @@ class Constitutional:
         UserError: a file that the settings name is not there or is wrong, or a service has no model's name.
         """
         read_constitution(settings.file).only(settings.principles)
-        if settings.shots not in (None, OURS):
-            read_examples(settings.shots)
+        shots_of(settings.shots, settings.critiques)
         if settings.helpful_pairs:
             read_pairs(settings.helpful_pairs)
         for spec, model, option in (
@@ -94,18 +89,17 @@ class Constitutional:
             (settings.judge, settings.judge_model, "judge_model"),
         ):
             if spec and is_endpoint(spec):
-                if not model:
-                    raise UserError(f"A service has models of several names; say which with constitution.{option}.")
+                Endpoint.check_name(model, f"constitution.{option}")
             elif spec and spec != NAME:
                 model_folder(spec)
 
     @staticmethod
     def lacks(prompts: Sequence[Prompt]) -> str:
         """What kinds of prompts there are none of, in training or held out; empty if of all there are some."""
-        there = {(split_of(p.id), p.theme if p.theme in (HARMFUL, ALARMING) else "ordinary") for p in prompts}
+        there = {(split_of(p.id), kind_of(p)) for p in prompts}
         missing = [
             f"{kind} in {name}"
-            for name, kind in (("train", HARMFUL), ("heldout", HARMFUL), ("heldout", "ordinary"))
+            for name, kind in (("train", HARMFUL), ("heldout", HARMFUL), ("heldout", ORDINARY))
             if (name, kind) not in there
         ]
         return f"; none that are {', '.join(missing)}" if missing else ""
@@ -116,34 +110,42 @@ class Constitutional:
 
     def revisions(self) -> Done:
         s, folder = self.settings, self.run.folder
-        prompts = read_prompts(folder / "prompts.jsonl")
-        harmful, others = kinds([p for p in prompts if split_of(p.id) != "heldout"])
+        prompts = [p for p in read_prompts(folder / "prompts.jsonl") if split_of(p.id) != "heldout"]
+        harmful, others = ([p for p in prompts if (kind_of(p) == HARMFUL) == wanted] for wanted in (True, False))
         if not harmful:
             raise UserError(
                 f"No prompt to learn from has the theme '{HARMFUL}', so there is nothing to revise; add some: accord constitution prompts."
             )
-        constitution = read_constitution(s.file).only(s.principles)
+        whole = read_constitution(s.file)
+        constitution = whole.only(s.principles)
         writer = (
             writer_of(s.writer, s.writer_model, Policy.load, s.temperature, s.max_new_tokens, s.seed, **s.service)
             if s.writer
             else PolicyWriter(self.first(), self.recipe.model, s.temperature, s.max_new_tokens, s.seed)
         )
         chains = revise(
-            folder / "chains.jsonl", writer, harmful, constitution, s.revisions, s.seed, self.shots(), s.critiques, s.declined, s.attempts
+            folder / "chains.jsonl",
+            writer,
+            harmful,
+            constitution,
+            s.revisions,
+            s.seed,
+            shots_of(s.shots, s.critiques),
+            s.critiques,
+            s.declined,
+            s.attempts,
         )
         plain = revise(folder / "ordinary.jsonl", writer, others, constitution, 0, s.seed, attempts=s.attempts) if others else []
-        learned = [*examples(chains, "train"), *examples(plain, "train")]
-        measured = list(examples(chains, "validation"))
-        write_lines(folder / "examples.jsonl", learned)
-        write_lines(folder / "measured.jsonl", measured)
+        revised = list(examples(chains, "train"))
+        write_lines(folder / "examples.jsonl", [*revised, *examples(plain, "train")])
+        write_lines(folder / "measured.jsonl", examples(chains, "validation"))
         write_whole(folder / "chains.html", page(chains, writer.name, constitution.label))
         kept, least = sum(not c.dropped for c in chains), self.recipe.gates.min_examples
-        taught = len(list(examples(chains, "train")))
         toxic, declining = curve(chains), curve(chains, "declines")
         facts = {
             "writer": writer.name,
             "constitution": constitution.label,
-            "whole": read_constitution(s.file).label,
+            "whole": whole.label,
             "prompts": len(harmful),
             "chains": len(chains),
             "kept": kept,
@@ -154,17 +156,11 @@ class Constitutional:
         }
         gate = Gate(
             f"at least {least} revisions to learn from",
-            f"{taught}; of {len(harmful)} prompts {kept} have one, in {len(chains)} chains; declines: {' -> '.join(f'{e.value:.2f}' for e in declining)}; toxic: {' -> '.join(f'{e.value:.3f}' for e in toxic)}",
-            taught >= least,
+            f"{len(revised)}; of {len(harmful)} prompts {kept} have one, in {len(chains)} chains; declines: {' -> '.join(f'{e.value:.2f}' for e in declining)}; toxic: {' -> '.join(f'{e.value:.3f}' for e in toxic)}",
+            len(revised) >= least,
             "Add harmful prompts, give more examples (constitution.shots) or another writer (constitution.writer).",
         )  # fmt: skip
         return Done(gate, facts)
-
-    def shots(self) -> list[Message]:
-        s = self.settings
-        if s.shots is None:
-            return []
-        return own_shots(s.critiques) if s.shots == OURS else [m for e in read_examples(s.shots) for m in e.messages]
 
     def sft(self) -> Done:
         measured = self.run.folder / "measured.jsonl"
@@ -181,11 +177,11 @@ class Constitutional:
         found = self.judged(groups)
         asked = for_people(found, groups, s.unsure, s.sample, s.seed) if s.people != "nobody" else Routed()
         some = {key: list(completions[key]) for key in asked.all}
-        people = self.people(some) if some else []
+        wanted = self.recipe.feedback.model_copy(update={"labelers": s.people})
+        people = rank(some, self.run.folder / "labels.db", wanted).rankings if some else []
         theirs = {r.prompt_id for r in people if r.prompt_id in asked.unsure}
         pairs = [g for g in soft_pairs(groups, found) if g.prompt.id not in theirs]
         write_lines(self.run.folder / "ai-pairs.jsonl", group_rows(pairs, []))
-        write_lines(self.run.folder / "unsure.jsonl", ({"id": name} for name in asked.unsure))
         ai = rankings(groups, found)
         agree = agreement_with(found, [r for r in people if r.prompt_id in set(asked.sample)])
         facts = {
@@ -214,19 +210,14 @@ class Constitutional:
         judge = judge_of(s.judge, s.judge_model, Policy.load, **s.service)
         return compare(judge, groups, constitution, s.ensemble, s.kept_within, s.thinking, s.seed)
 
-    def people(self, completions: dict[str, list[Completion]]) -> list[Ranking]:
-        settings = self.recipe.feedback
-        if self.settings.people == "web":
-            return label(completions, self.run.folder / "labels.db", **settings.model_dump(exclude={"labelers"})).rankings
-        return simulated_panel(settings.panel, settings.seed).rank(completions).rankings
-
     def pairs(self, ranked: RankedCompletions) -> list[PairGroup]:
-        """The judge's pairs, and those of people who ranked where it was unsure."""
+        """The judge's pairs, and those of people of the prompts that it leaves to them."""
         path = self.run.folder / "ai-pairs.jsonl"
-        unsure = {row["id"] for row in read_lines(self.run.folder / "unsure.jsonl")}
-        theirs = [r for r in ranked.rankings if not r.labeler.startswith("ai:") and r.prompt_id in unsure]
+        judged = read_pairs(path) if read_lines(path) else []
+        its = {g.prompt.id for g in judged}
+        theirs = [r for r in ranked.rankings if not r.labeler.startswith("ai:") and r.prompt_id not in its]
         return [
-            *(read_pairs(path) if read_lines(path) else []),
+            *judged,
             *(group_pairs(ranked.completions, theirs, self.recipe.reward.fail_weight) if theirs else []),
         ]
 
@@ -234,14 +225,11 @@ class Constitutional:
         """People's pairs that the recipe names; they belong to no split of its prompts."""
         return read_pairs(self.settings.helpful_pairs) if self.settings.helpful_pairs else []
 
-    def compared(self, comparison: Comparison) -> tuple[Gate, dict[str, Any]]:
+    def compared(self, comparison: Comparison, prompts: Sequence[Prompt]) -> tuple[Gate, dict[str, Any]]:
         """What came of it: the model as it was, revised and aligned, on the same held-out prompts with the same luck; in ``constitution.json``."""
-        pairs = comparison.samples
-        prompts = list({side.completion.prompt.id: side.completion.prompt for side, _ in pairs}.values())
-        sides = [
-            sampled_by(self.first(), prompts, self.recipe.evaluation),
-            *([pair[k].completion for pair in pairs] for k in (0, 1)),
-        ]
+        s = self.recipe.evaluation
+        first = Engine(self.first(), s.rows).sample(prompts, s.per_prompt, s.sampling()).completions()
+        sides = [first, *([pair[k].completion for pair in comparison.samples] for k in (0, 1))]
         found = told(sides)
         write_whole(self.run.folder / "constitution.json", json.dumps(found, indent=1))
         gates, told_of = self.recipe.gates, lambda name: found["change"].get(name, {}).get("aligned", NOTHING)
@@ -268,10 +256,7 @@ class Constitutional:
             measured=measured, frontier=frontier(measured) if measured else "", refusals=refusals(measured) if measured else "",
             rows=rows_of(measured) if measured else [], kept=revisions and revisions["kept"], all=revisions and revisions["chains"], prompts=revisions and revisions["prompts"],
             chains=[{"asked": as_chat(c.prompt)[-1]["content"], "of": c} for c in chains],
-            curves=[
-                revision_chart(title, [Estimate(**e) for e in revisions[name]], note)
-                for title, name, note in (("Toxic after so many revisions", "toxic", "Mean probability by the bundled classifier."), ("Declines after so many revisions", "declines", "Share of answers, by the rules."))
-            ] if revisions else [],
+            curves=revision_charts(*([Estimate(**e) for e in revisions[name]] for name in ("toxic", "declines"))) if revisions else [],
             feedback=facts.get("feedback"), own=OWN_JUDGEMENT if self.settings.judge == NAME and self.recipe.model == bundled.NAME else "",
         )  # fmt: skip
 
@@ -308,28 +293,20 @@ def refusals(found: Mapping[str, Any]) -> str:
     return line_chart("Refuses", series, "Share of answers that decline or evade. 0: the model as it was, 1: revised, 2: aligned. Refusing what only sounds harmful is over-refusal.", "stage")  # fmt: skip
 
 
-def sampled_by(policy: Policy, prompts: Sequence[Prompt], s: EvaluationSettings) -> list[Completion]:
-    """As the evaluation samples."""
-    sampling = Sampling(s.temperature, max_new_tokens=s.max_new_tokens, seed=s.seed)
-    return Engine(policy, s.rows).sample(prompts, s.per_prompt, sampling).completions()
-
-
 def told(sides: Sequence[Sequence[Completion]]) -> dict[str, Any]:
     """Of the models of :data:`SIDES`, whose completions are of the same prompts in the same order: each of :data:`MEASURES`, and what has
     changed since the first, by prompt."""
     values = [measures(side) for side in sides]
     out: dict[str, Any] = {"values": {}, "change": {}}
-    for name, (_, measure, theme) in MEASURES.items():
-        at = [i for i, c in enumerate(sides[0]) if (c.prompt.theme if c.prompt.theme in (HARMFUL, ALARMING) else "") == theme]
+    for name, (_, measure, kind) in MEASURES.items():
+        at = [i for i, c in enumerate(sides[0]) if kind_of(c.prompt) == kind]
         if not at:
             continue
         ids = [sides[0][i].prompt.id for i in at]
         column = {side: [rows[i][measure] for i in at] for side, rows in zip(SIDES, values, strict=True)}
-        change: Callable[[str], Estimate] = lambda side, c=column, ids=ids: bootstrap_mean(  # type: ignore[misc]
-            [new - old for old, new in zip(c["first"], c[side], strict=True)], ids
-        )
-        out["values"][name] = {side: bootstrap_mean(given, ids).to_json() for side, given in column.items()}
-        out["change"][name] = {side: change(side).to_json() for side in SIDES[1:]}
+        moved = {side: [new - old for old, new in zip(column["first"], column[side], strict=True)] for side in SIDES[1:]}
+        for what, table in (("values", column), ("change", moved)):
+            out[what][name] = {side: bootstrap_mean(numbers, ids).to_json() for side, numbers in table.items()}
     return out
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,12 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{source} holds no prompts.")
     return prompts
+
+
+def bundled_prompts() -> list[Prompt]:
+    """Those that accord brings."""
+    with as_file(files("accord.recipes") / "prompts.jsonl") as path:
+        return read_prompts(path)
 
 
 def read_pairs(source: str | Path) -> list[PairGroup]:

@@ -47,6 +47,9 @@ class EvaluationSettings(BaseModel):
     reward_timeout: float = Field(60.0, gt=0, description="Seconds a reward function may take for one model's completions")
     seed: int = Field(12345, ge=0, description="The luck both models share")
 
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -113,7 +116,7 @@ def evaluate(
         reward: scores to report beside the rest (the one trained on shows what was optimised), or None.
     """
     per_prompt, gold, token_budget = settings.per_prompt, settings.gold, settings.micro_batch_tokens
-    sampling = Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    sampling = settings.sampling()
     total = 2 * len(prompts) * per_prompt
     with bar("Evaluation", total) as progress:
         advance: Callable[[int, int], None] = lambda done, tokens: progress.advance(done) if done else None

@@ -52,6 +52,8 @@ class Judgement:
     """Weighted sum of the parts, 0 to 1."""
     nonsense: bool
     """What a labeler marks ``F``."""
+    toxicity: float
+    """Probability of being toxic, by the bundled classifier."""
 
 
 @cache
@@ -151,7 +153,7 @@ def judge(completions: Sequence[Completion]) -> list[Judgement]:
             concise=concise(c.text),
         )
         nonsense = parts.fluent < 0.15 or parts.answers < 0.15
-        out.append(Judgement(parts, weighted(parts, WEIGHTS), nonsense))
+        out.append(Judgement(parts, weighted(parts, WEIGHTS), nonsense, p))
     return out
 
 
