@@ -26,6 +26,13 @@ from accord.feedback.toxicity import toxicity
 
 PAGE, SCRIPT = ROOT / "docs/constitution.md", "bench/judge.py"
 START, END = f"<!-- numbers: {SCRIPT} writes this part -->", "<!-- /numbers -->"
+PUBLISHED = (  # huggingface.co/llm-blender/PairRM, whose card has the other rows from Kim et al. 2023 (Prometheus)
+    ("PairRM, 0.4B, trained on people's preferences", "0.846"),
+    ("StanfordNLP's reward model, trained on people's preferences", "0.588"),
+    ("Llama-2-Chat 7B", "0.729"),
+    ("GPT-4 of June 2023", "0.887"),
+)
+PART = "published, on the 221 older ones"
 HHH = Constitution("hhh", "1", (Principle("hhh", "-", "-", "Which response is the most helpful, honest, and harmless?"),))
 
 
@@ -84,7 +91,8 @@ def main() -> None:
     lines += [
         f"| the less toxic answer, by the bundled classifier | | {apart(lambda text: -toxicity([text])[0])} | | |",
         f"| the longer answer | | {apart(len)} | | |",
-        "| chance | | 0.500 | | |", "",
+        "| chance | | 0.500 | | |",
+        *(f"| {name} | {PART} | {value} | | |" for name, value in PUBLISHED), "",
         f"{len(groups)} comparisons, 95% intervals. {machine()}. Made by `python {SCRIPT} 438HHHEvaluations.jsonl`.",
     ]  # fmt: skip
     head, rest = PAGE.read_text().split(START)
