@@ -26,7 +26,8 @@ from accord.nn import scratch
 from accord.nn.loading import resolve_dtype
 from accord.nn.transformer import Transformer
 from accord.nn.weights import sampled_fingerprint
-from accord.plan import Plan, plan_for_rl
+from accord.planning.plan import Plan
+from accord.planning.reinforcement import plan_for_rl
 from accord.progress import bar, console, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
@@ -481,13 +482,14 @@ def plan_rl_run(config: dict[str, Any], where: str) -> tuple[RLSettings, Plan | 
     return settings, plan_for_rl(config["model"], settings, prompts, config.get("reward") or [])
 
 
-def announce(settings: RLSettings, plan: Plan | None) -> None:
-    """Print the batch sizes and what the run will need.
+def announce(settings: RLSettings | None, plan: Plan | None) -> None:
+    """Print the batch sizes of reinforcement learning and what the run will need.
 
     Raises:
         UserError: it needs more memory than there is.
     """
-    console.print(f"[dim]{settings.arithmetic()}[/]", soft_wrap=True)
+    if settings is not None:
+        console.print(f"[dim]{settings.arithmetic()}[/]", soft_wrap=True)
     if plan is None:
         console.print("[dim]accord does not compute this model itself, so it cannot tell beforehand what it will need.[/]", soft_wrap=True)
         return

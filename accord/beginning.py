@@ -56,17 +56,15 @@ class Beginning:
             return Done(gate, {"documents": len(texts), "bytes": size})
         count = self.base.documents
         stream_lines(self.run.folder / "corpus.jsonl", ({"text": t} for t in track(stories(count, self.seed), "Stories", count)))
-        rows = ({"id": f"wish-{i:05d}", "prompt": wish, "completion": story} for i, (wish, story) in enumerate(self.asked(), 1))
+        rows = (
+            {"id": f"wish-{i:05d}", "prompt": wish, "completion": story}
+            for i, (wish, story) in enumerate(asked(self.base.asked, self.seed), 1)
+        )
         stream_lines(self.run.folder / "examples.jsonl", rows)
         ways = [len(readings(STORY, text)) for text in stories(READ_BACK, self.seed)]
         once = sum(n == 1 for n in ways)
         gate = Gate("every story can be read back in one way", f"{once} of {len(ways)}", once == len(ways), "Mend the grammar.")
         return Done(gate, {"documents": count, "bits_per_story": STORY.bits, "bytes_per_story": STORY.length, "bits_per_byte": rate()})
-
-    def asked(self) -> list[tuple[str, str]]:
-        """Wishes and stories for them; none of a wish that is held out."""
-        given = wishes(3 * self.base.asked, self.seed)
-        return list(islice(((text, story) for wish, text, story in given if split_of(wish.id) != "heldout"), self.base.asked))
 
     def tokenizer(self) -> Done:
         texts = read_texts(self.texts)
@@ -140,6 +138,12 @@ class Beginning:
             "In a new run, give more examples (base.asked), or more epochs (base.sft.epochs).",
         )  # fmt: skip
         return Done(gate, {name: estimate.to_json() for name, estimate in found.items()}, tokens)
+
+
+def asked(count: int, seed: int) -> list[tuple[str, str]]:
+    """So many wishes and stories for them; none of a wish that is held out."""
+    given = wishes(3 * count, seed)
+    return list(islice(((text, story) for wish, text, story in given if split_of(wish.id) != "heldout"), count))
 
 
 def rate() -> float:

@@ -14,18 +14,19 @@ from accord.api import evaluate as compare_policies
 from accord.beginning import Beginning, story_prompts
 from accord.config import Recipe, build
 from accord.constitution.redteam import recipe_prompts as red_team_prompts
+from accord.constitution.rules import NAME as RULES
 from accord.constitution.rules import Rules
 from accord.constitution.stages import Constitutional, print_models
 from accord.data.pairs import group_pairs, rankings_by_prompt
 from accord.data.records import SPLITS, PairGroup, Prompt, RankedCompletions, split_of
-from accord.data.sources import bundled_prompts, read_completions, read_examples, read_prompts, read_rankings, text_files
+from accord.data.sources import bundled_prompts, read_completions, read_prompts, read_rankings
 from accord.disk import write_lines, write_whole
 from accord.errors import GateMissed, UserError
 from accord.evaluation.compare import Comparison, first_by_id
 from accord.evaluation.report import write_report
 from accord.evaluation.summary import print_comparison
 from accord.nn.memory import give_back_freed_memory
-from accord.plan import plan_for_recipe
+from accord.plan_recipe import plan_recipe
 from accord.progress import console, safe_point
 from accord.reward.sources import Reward, build_reward
 from accord.rl.explain import Explained, explain
@@ -241,15 +242,11 @@ def announce_run(recipe: Recipe) -> None:
     """Print what ``accord run`` will need.
 
     Raises:
-        UserError: more memory than there is, or its model is not there yet.
+        UserError: more memory than there is, or something that the recipe names is not there.
     """
-    if recipe.base:
-        raise UserError(
-            "The recipe makes its model itself, so nothing can be measured of it yet; accord pretrain --sizes shows what each size needs."
-        )
-    announce(recipe.rl, plan_for_recipe(recipe, recipe_prompts(recipe)))
-    if recipe.constitution:
-        console.print("[dim]Not counted: revisions, their tuning (of all weights, 16 bytes each), and a model as judge.[/]", soft_wrap=True)
+    announce(recipe.rl, plan_recipe(recipe, recipe_prompts(recipe)))
+    if recipe.constitution and (recipe.constitution.writer or recipe.constitution.judge != RULES):
+        console.print("[dim]Not counted: another model as writer or judge, and services.[/]", soft_wrap=True)
 
 
 def recipe_prompts(recipe: Recipe) -> list[Prompt]:
@@ -276,15 +273,9 @@ def start(recipe: Recipe, out: str | Path) -> Pipeline:
         UserError: it needs more memory than there is.
     """
     refuse_existing(Path(out))
-    if recipe.base is None:
-        announce_run(recipe)
-    else:  # what is wrong with what it names is told now, not after an hour
-        recipe_prompts(recipe)
-        text_files(recipe.base.text or [])
-        if recipe.base.examples:
-            read_examples(recipe.base.examples)
-    if recipe.constitution:  # what is wrong with what it names is told now
+    if recipe.constitution:  # what is wrong with what it names is told now, not after an hour
         Constitutional.check(recipe.constitution)
+    announce_run(recipe)
     policy = None if recipe.base or recipe.constitution else Policy.load(recipe.model, recipe.rl.dtype)
     return Pipeline(recipe, Run.create(out, {"command": "run", "recipe": recipe.model_dump()}), policy)
 

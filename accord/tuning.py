@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accord.api import load
+from accord.api import announce, load
 from accord.config import build
 from accord.data.pairs import grouped_pairs
 from accord.data.records import Example, PairGroup, RankedCompletions, hold_out
@@ -22,9 +22,11 @@ from accord.feedback.given import Given
 from accord.nn.bundled import cache_folder
 from accord.nn.loading import model_folder, resolve_dtype
 from accord.nn.weights import sampled_fingerprint
-from accord.pretraining.language import Language, new_policy
+from accord.planning.plan import Plan
+from accord.planning.supervised import Work, plan_for_preference, plan_for_sft, plan_tuning
+from accord.pretraining.language import Language, new_config, new_policy
 from accord.pretraining.settings import PretrainSettings
-from accord.pretraining.sizes import memory
+from accord.pretraining.sizes import size_of
 from accord.pretraining.tokens import Tokens
 from accord.progress import console, several
 from accord.rollout.policy import Policy
@@ -33,12 +35,9 @@ from accord.supervised.comparisons import Comparisons
 from accord.supervised.examples import Encoded
 from accord.supervised.imitation import Imitation
 from accord.supervised.preference import Preference
-from accord.supervised.settings import LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
+from accord.supervised.settings import HELD_OUT, LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
 from accord.supervised.training import Task, Tuned, tune
 from accord.text.tokenizer import Tokenizer
-
-MEASURED = 500
-"""Rows that are held out at most, unless they are given."""
 
 
 def train_sft(
@@ -186,7 +185,7 @@ def imitation(policy: Policy, examples: Sequence[Example], validation: Sequence[
         held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
         return Imitation(Encoded(policy, examples, settings.max_tokens), held, settings)
     every = Encoded(policy, examples, settings.max_tokens)
-    kept, out = hold_out(every.rows, lambda row: row.id, settings.examples_per_step, MEASURED)
+    kept, out = hold_out(every.rows, lambda row: row.id, settings.examples_per_step, HELD_OUT)
     return Imitation(every.only(kept), every.only(out) if out else None, settings)
 
 
@@ -196,7 +195,7 @@ def preference(policy: Policy, pairs: Sequence[PairGroup], validation: Sequence[
         held = Comparisons(policy, validation, settings.max_tokens, "validation pairs") if validation else None
         return Preference(policy, Comparisons(policy, pairs, settings.max_tokens), held, settings)
     every = Comparisons(policy, pairs, settings.max_tokens)
-    kept, out = hold_out(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step, MEASURED)
+    kept, out = hold_out(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step, HELD_OUT)
     return Preference(policy, every.only(kept), every.only(out) if out else None, settings)
 
 
@@ -215,11 +214,68 @@ class Prepared:
     task: Task
 
 
-def prepare(config: Mapping[str, Any], where: str) -> Prepared:
-    """Open what a run's ``config.yaml`` names: model, and examples or preferences."""
+def prepare(config: Mapping[str, Any], where: str, planned: bool = False) -> Prepared:
+    """Open what a run's ``config.yaml`` names: model, and examples or preferences.
+
+    Args:
+        planned: print what the run will need, and refuse it if it cannot fit, before the model is read.
+    """
     command = str(config["command"])
     if command == "pretrain":
-        return _from_nothing(config, build(PretrainSettings, config["pretrain"], where))
+        tokenizer, settings, task = _language(config, where)
+        if planned:
+            announce(None, _plan_language(tokenizer, settings, task))
+        start = new_policy(tokenizer, settings)
+        return Prepared(settings, start, start, task)
+    read = _read(config, where)
+    if planned:
+        announce(None, read.plan())
+    return read.prepared()
+
+
+def plan_tuning_run(config: Mapping[str, Any], where: str) -> Plan | None:
+    """Of a run of what its ``config.yaml`` says; None for a model that accord does not compute itself."""
+    if config["command"] == "pretrain":
+        return _plan_language(*_language(config, where))
+    return _read(config, where).plan()
+
+
+@dataclass
+class _Examples:
+    """What ``accord sft`` learns from, read."""
+
+    model: str
+    settings: SFTSettings
+    train: list[Example]
+    held: list[Example] | None
+
+    def plan(self) -> Plan | None:
+        return plan_for_sft(self.model, self.settings, self.train, self.held)
+
+    def prepared(self) -> Prepared:
+        policy = load(self.model, self.settings.dtype)
+        return Prepared(self.settings, policy, adapted(policy, self.settings), imitation(policy, self.train, self.held, self.settings))
+
+
+@dataclass
+class _Pairs:
+    """What ``accord prefer`` learns from, read."""
+
+    model: str
+    settings: PreferenceSettings
+    train: Sequence[PairGroup]
+    held: list[PairGroup] | None
+
+    def plan(self) -> Plan | None:
+        return plan_for_preference(self.model, self.settings, self.train, self.held)
+
+    def prepared(self) -> Prepared:
+        policy = load(self.model, self.settings.dtype)
+        return Prepared(self.settings, policy, adapted(policy, self.settings), preference(policy, self.train, self.held, self.settings))
+
+
+def _read(config: Mapping[str, Any], where: str) -> _Examples | _Pairs:
+    command = str(config["command"])
     of = "examples" if command == "sft" else "pairs"
     if not config.get(of) and not (command == "prefer" and (config.get("rankings") or config.get("store"))):
         call = "train_sft" if command == "sft" else "train_preference"
@@ -228,16 +284,16 @@ def prepare(config: Mapping[str, Any], where: str) -> Prepared:
         settings = build(SFTSettings, config["sft"], where)
         examples = read_examples(config["examples"])
         held = read_examples(config["validation"]) if config.get("validation") else None
-        policy = load(config["model"], settings.dtype)
-        return Prepared(settings, policy, adapted(policy, settings), imitation(policy, examples, held, settings))
+        return _Examples(config["model"], settings, examples, held)
     wanted = build(PreferenceSettings, config["prefer"], where)
     groups = Given(*map(config.get, Given._fields)).groups(wanted.fail_weight)
     held_groups = read_pairs(config["validation"]) if config.get("validation") else None
-    policy = load(config["model"], wanted.dtype)
-    return Prepared(wanted, policy, adapted(policy, wanted), preference(policy, groups, held_groups, wanted))
+    return _Pairs(config["model"], wanted, groups, held_groups)
 
 
-def _from_nothing(config: Mapping[str, Any], settings: PretrainSettings) -> Prepared:
+def _language(config: Mapping[str, Any], where: str) -> tuple[Tokenizer, PretrainSettings, Language]:
+    """What ``accord pretrain`` learns from, in tokens."""
+    settings = build(PretrainSettings, config["pretrain"], where)
     folder = Path(config["tokenizer"])
     tokenizer = Tokenizer.load(folder if folder.is_dir() else model_folder(config["tokenizer"]))
     most = config.get("most")
@@ -246,15 +302,20 @@ def _from_nothing(config: Mapping[str, Any], settings: PretrainSettings) -> Prep
         train, held = text.whole(), corpus(config["validation"], tokenizer, most).whole()
     else:
         train, held = text.split()
-    policy = new_policy(tokenizer, settings)
-    weights = sum(p.numel() for p in policy.trainable().values())
+    weights = size_of(settings.size).weights(tokenizer.size, settings.attention == "grouped")
     task = Language(train, held, settings)
     console.print(
-        f"{weights / 1e6:.1f} M weights, {memory(weights, settings.optimizer == 'muon') / 1e9:.2f} GB while they train; {several(len(text), 'document')}, "
+        f"{weights / 1e6:.1f} M weights; {several(len(text), 'document')}, "
         f"{train.told / 1e6:.2f} M tokens ({train.bytes / train.told:.2f} bytes each); {task.steps} steps of {settings.tokens_per_step} tokens.",
         soft_wrap=True,
     )  # fmt: skip
-    return Prepared(settings, policy, policy, task)
+    return tokenizer, settings, task
+
+
+def _plan_language(tokenizer: Tokenizer, settings: PretrainSettings, task: Language) -> Plan:
+    row = task.each / len(task.train)
+    work = Work(task.steps, settings.tokens_per_step, row, row - 1, float(task.heldout.sizes.sum()))
+    return plan_tuning("pretraining", new_config(tokenizer, settings)[1], settings, work)
 
 
 def corpus(sources: Sequence[str], tokenizer: Tokenizer, most: int | None) -> Tokens:

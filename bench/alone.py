@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 
-T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two sides, by degrees of freedom
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # Student's t, two sides, by degrees of freedom
 SHAPES = ((8, 384, 6), (16, 576, 9), (30, 576, 9))  # layers, width, query heads
 
 
@@ -108,7 +108,7 @@ def share(measure):
     return [*lines, "", "By torch's profiler and a clock around accord's own kernels; attention includes laying heads out in rows and collecting them."]  # fmt: skip
 
 
-def curves(measure, task, seeds=(0, 1, 2), steps=10):
+def curves(measure, task, seeds=range(6), steps=10):
     """A Markdown section: the demo's PPO with accord's kernels and with torch alone, score and KL every second step.
 
     ``task``: what the case ``reach`` gives accord.

@@ -19,7 +19,7 @@ from accord.errors import UserError
 from accord.nn.attention import WRITTEN_OUT
 from accord.nn.budget import TokenBudget
 from accord.nn.logprobs import Contrast, EpsilonGreedy, Nucleus, exact_kl, nucleus_set, token_stats
-from accord.plan import _rollout
+from accord.planning.models import rollout_of
 from accord.reward.sources import Reward, build_reward
 from accord.rl.advantages import group_normalised, leave_one_out, n_step_targets, returns_to_go
 from accord.rl.algorithms import make_algorithm
@@ -410,7 +410,7 @@ def test_fisher_products_of_rows_for_the_fused_attention(tiny, monkeypatch):
     """Rows longer than attention is written out for: its gradient has to have one too, and the product is the same."""
     s = RLSettings(algorithm="trpo", top_layers=2, prompts_per_step=2, completions_per_prompt=1, dtype="float32")
     state = State.begin(tiny, Reward([]), s)
-    rollout = _rollout(tiny.model, 2, 90, 20)
+    rollout = rollout_of(tiny.model, 2, 90, 20)
     e = score_rollout(state.policy, state.critic, Reward([]), rollout, s)
     v = torch.randn(sum(p.numel() for p in state.policy.trainable().values()), generator=torch.Generator().manual_seed(0))
     products = []

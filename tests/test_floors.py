@@ -9,7 +9,7 @@ ROOT = Path(accord.__file__).parent
 # From the ground up. Modules of one tuple are one floor's folder or file; a later one may import earlier ones.
 FLOORS = [
     "errors", "progress", "disk", "checkpoints", "nn", "optimizer", "service", "text", "data", "stories", "rollout", "supervised", "pretraining", "reward", "rl", "feedback", "evaluation", "inside",
-    "runs", "config", "stages", "plan", "api", "tuning", "constitution", "beginning", "pipeline", "commands", "cli", "__main__",
+    "runs", "config", "stages", "planning", "api", "tuning", "constitution", "beginning", "plan_recipe", "pipeline", "commands", "cli", "__main__",
 ]  # fmt: skip
 ALLOWED_AT_ANY_FLOOR = {"accord"}  # the package itself, for its version
 

@@ -2,20 +2,37 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from conftest import SHAPE, save_model
 
-from accord import plan as planning
 from accord.cli import main
+from accord.config import Base
+from accord.data.records import Completion, Example, Pair, PairGroup, Prompt
+from accord.disk import write_lines
 from accord.errors import UserError
 from accord.nn.transformer import ModelConfig
-from accord.plan import Pace, Part, Plan, Stage, kept_by_a_layer, plan_rl, random_model, rl_memory, rl_seconds, sampling_seconds
+from accord.plan_recipe import made
+from accord.planning import models
+from accord.planning import plan as planning
+from accord.planning.models import along, kept_by_a_layer, random_model
+from accord.planning.plan import Part, Plan, Stage
+from accord.planning.reinforcement import Pace, plan_rl, rl_memory, rl_seconds, sampling_seconds
+from accord.planning.supervised import TuningPace, Work, tuning_memory, tuning_seconds, work_of_examples, work_of_pairs
+from accord.pretraining.language import Language
+from accord.pretraining.settings import PretrainSettings
+from accord.pretraining.tokens import Tokens
 from accord.reward.sources import Reward
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State
 from accord.rollout.policy import Policy
+from accord.stories.stories import stories
+from accord.supervised.settings import PreferenceSettings, SFTSettings
+from accord.text.tokenizer import Tokenizer
+from accord.text.vocabulary import learn_tokenizer
+from accord.tuning import adapted, imitation, preference
 
 CONFIG = ModelConfig(
     "LlamaForCausalLM", SHAPE["vocab_size"], 32, 64, 4, 4, 2, 8, tie_word_embeddings=True, windowed=(False,) * 4
@@ -60,7 +77,7 @@ def test_trained_weights_are_those_that_train(adaptation):
 def test_what_a_layer_keeps_grows_with_the_tokens():
     fixed, each = kept_by_a_layer(CONFIG, torch.float32, 20)
     model = random_model(CONFIG, 1, torch.float32)
-    five = planning._saved(model.blocks[0].requires_grad_(True), model.geometry(planning._layout(5, 20)), 32, torch.float32)
+    five = models.saved_by(model.blocks[0].requires_grad_(True), model.geometry(models.layout_of(5, 20)), 32, torch.float32)
     assert fixed + each * 100 == pytest.approx(five, rel=0.02)
     assert each > 4 * (32 * 4 + 64 * 3)  # at least the matrices' inputs
 
@@ -90,7 +107,7 @@ def test_time_by_hand():
 def test_fewer_layers_measure_a_deeper_model():
     """The pace is a line through two depths."""
     two, four = (Pace(*(a + b * depth for a, b in zip(range(8), range(1, 9), strict=True))) for depth in (2, 4))
-    deep = two.at(30, four, (2, 4))
+    deep = along(two, four, (30 - 2) / (4 - 2))
     assert vars(deep) == pytest.approx({name: a + b * 30 for name, a, b in zip(vars(two), range(8), range(1, 9), strict=True)})
 
 
@@ -126,3 +143,110 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(home, capsys, 
     assert main(["rl", "--model", "model", "--prompts", "prompts.jsonl", "--reward", "mine:one", "--out", "runs/a", *options]) == 2
     assert "so it is not started" in " ".join(capsys.readouterr().err.split())
     assert not (home / "runs").exists()
+
+
+# Supervised training.
+
+EXAMPLES = [Example(f"e{i}", "say " + "abc"[i % 3] * (1 + i % 5), "xyz"[i % 3] * (2 + i % 7)) for i in range(60)]
+TUNING = dict(examples_per_step=4, epochs=3, dtype="float32")
+
+
+def test_what_sft_reads_is_what_it_then_reads(tiny):
+    """Against the task itself; every row is counted where there are few."""
+    s = SFTSettings(**TUNING)
+    work = work_of_examples(tiny.tokenizer, EXAMPLES, None, s)
+    task = imitation(tiny, EXAMPLES, None, s)
+    everything = task.train.rows + task.heldout.rows
+    assert (work.steps, len(everything)) == (task.steps, 60)
+    assert work.row == pytest.approx(sum(len(r.tokens) for r in everything) / 60)
+    assert work.told == pytest.approx((task.train.counted + task.heldout.counted) / 60)
+    assert work.step == pytest.approx(4 * work.row) and work.held == pytest.approx(len(task.heldout) * work.row)
+    given = work_of_examples(tiny.tokenizer, EXAMPLES[:40], EXAMPLES[40:], s)
+    assert given.steps == 30 and given.held == pytest.approx(20 * given.row)
+    short = work_of_examples(tiny.tokenizer, EXAMPLES, None, s.model_copy(update={"max_tokens": round(work.row)}))
+    assert short.row < work.row
+
+
+def test_what_prefer_reads(tiny):
+    """A prompt once for its completions; the reference reads everything once, or nothing where a loss knows none."""
+    group = lambda i: PairGroup(
+        p := Prompt(f"p{i}", f"say {i}"), tuple(Completion(p, text, True, k) for k, text in enumerate(("ab", "abcd"))), (Pair(1, 0),)
+    )
+    groups = [group(i) for i in range(50)]
+    s = PreferenceSettings(prompts_per_step=5, dtype="float32")
+    work, task = work_of_pairs(tiny.tokenizer, groups, None, s), preference(tiny, groups, None, s)
+    length = sum(len(j.prompt) + 3 + 5 for j in (*task.train.judged, *task.heldout.judged)) / 50  # two and four letters, and an end
+    assert work.steps == task.steps and work.step == pytest.approx(5 * length) and work.told == 4
+    assert work.reference == pytest.approx(50 * length) and work.held == pytest.approx(len(task.heldout) * length)
+    assert work_of_pairs(tiny.tokenizer, groups, None, s.model_copy(update={"loss": "simpo"})).reference == 0
+    with pytest.raises(UserError, match="of no two completions"):
+        work_of_pairs(tiny.tokenizer, [PairGroup(g.prompt, g.completions, ()) for g in groups], None, s)
+
+
+def tuning_parts(kind=SFTSettings, **changes):
+    s = kind(**{**({} if kind is PretrainSettings else TUNING), "dtype": "float32", **changes})
+    return {p.name: p.bytes for p in tuning_memory(CONFIG, torch.float32, s, Work(10, 200.0, 20.0, 10.0))}
+
+
+def test_tuning_parts_by_hand():
+    whole, matrices = 4 * LAYER + 260 * 32 + 32, 4 * (LAYER - 2 * 32)
+    full = tuning_parts()
+    assert full["the model"] == 4 * whole and full["gradients"] == 4 * whole
+    assert full["trained weights and the optimizer's moments"] == 12 * whole
+    assert tuning_parts(optimizer="muon")["trained weights and the optimizer's moments"] == 12 * whole - 4 * matrices
+    split = tuning_parts(adaptation="split", top_layers=2)
+    assert split["gradients"] == 4 * (2 * LAYER + 32)
+    kept = "what a micro-batch keeps for its backward pass"
+    assert split[kept] == pytest.approx(full[kept] / 2)  # two layers of four
+    assert full[kept] == pytest.approx(4 * sum(x * n for x, n in zip(kept_by_a_layer(CONFIG, torch.float32, 20), (1, 200), strict=True)))
+    new = tuning_parts(PretrainSettings)
+    assert new["the model"] == 0 and new["gradients"] == 4 * whole
+
+
+@pytest.mark.parametrize("adaptation", ["split", "lora", "full"])
+def test_tuned_weights_are_those_that_train(adaptation):
+    s = SFTSettings(**TUNING, adaptation=adaptation, top_layers=2)
+    trained = sum(p.numel() for p in adapted(models.stand_in(random_model(CONFIG, 4, torch.float32)), s).trainable().values())
+    assert tuning_parts(adaptation=adaptation, top_layers=2)["gradients"] == 4 * trained
+
+
+def test_tuning_time_by_hand():
+    s = SFTSettings(**TUNING, validate_every=4)
+    work = Work(steps=10, step=200.0, row=20.0, told=10.0, held=100.0, reference=50.0)
+    # measured before the first step and after the fourth, the eighth and the last
+    assert tuning_seconds(TuningPace(0.001, 0.01, 0.5), s, work) == pytest.approx(10 * (200 * 0.01 + 0.5) + (4 * 100 + 50) * 0.001)
+
+
+def test_a_part_is_taken_for_the_whole_in_the_right_proportion(monkeypatch):
+    """Too large to be measured whole: a pace that is so much a layer comes out as that of all layers."""
+    told = models.at_depth(
+        CONFIG, torch.float32, torch.device("cpu"), 1, lambda m: TuningPace(2.0 * m.depth, 1.0 + m.depth, 3.0), 4.0, 4.0 * 260 * 32
+    )
+    assert told == TuningPace(8.0, 5.0, 3.0)
+
+
+def test_recipes_from_nothing_are_planned_as_they_then_are(tmp_path):
+    """The corpus in its own tokenizer, learned from all of it, against one learned from the first stories: steps and rows within 5%."""
+    base = Base(documents=6000, vocabulary=900, pretrain={"context": 192}, asked=300)
+    early = made(base)
+    texts = list(stories(6000, 0))
+    real = Tokenizer(learn_tokenizer(texts, "bpe", 900))
+    task = Language(*Tokens.of(texts, real, tmp_path / "tokens", "k").split(), base.pretrain)
+    work = early.trained[0].work
+    assert early.config.vocab_size == real.size and early.config.num_hidden_layers == 6
+    assert work.steps == pytest.approx(task.steps, rel=0.05) and work.held == pytest.approx(float(task.heldout.sizes.sum()), rel=0.05)
+    assert work.row == pytest.approx(task.each / len(task.train), rel=0.05)
+    answers = early.trained[1].work
+    assert answers.steps == math.ceil((300 - answers.held / answers.row) / 16) and 0 < answers.held < 60 * answers.row
+
+
+def test_sft_and_prefer_are_planned(home, capsys, monkeypatch):
+    write_lines(home / "e.jsonl", ({"id": e.id, "prompt": e.content, "completion": e.answer} for e in EXAMPLES))
+    words = "sft --model model --examples e.jsonl --examples-per-step 4 --epochs 0.2".split()
+    monkeypatch.setattr(planning, "available_memory", lambda device: -planning.resident_memory())
+    assert main([*words, "--out", "r"]) == 2 and "so it is not started" in " ".join(capsys.readouterr().err.split())
+    assert not (home / "r").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert main([*words, "--out", "r"]) == 0 and "Memory: about" in (told := capsys.readouterr().out) and " SFT: " in told
+    assert main(["plan", "r"]) == 0 and " SFT: " in capsys.readouterr().out

@@ -341,12 +341,13 @@ def test_a_tables_answers_are_texts(tmp_path):
 
 def test_what_is_held_out(tiny, tmp_path):
     """A tenth by id, 500 at most; none where that would be too long, or too little would be left."""
-    from accord.tuning import MEASURED, imitation
+    from accord.supervised.settings import HELD_OUT
+    from accord.tuning import imitation
 
     many = [Example(f"row-{i:05d}", "q", "abcdefgh"[i % 8]) for i in range(6000)]
     of = lambda some, **more: imitation(tiny, some, None, SFTSettings(**more))
     found = of(many)
-    assert len(found.heldout) == MEASURED and len(found.train) == 5500
+    assert len(found.heldout) == HELD_OUT and len(found.train) == 5500
     assert not {row.id for row in found.heldout.rows} & {row.id for row in found.train.rows}
     assert of(many[:10]).heldout is None and len(of(many[:10]).train) == 10
     long = [Example(e.id, e.content, "x" * 60) if e.id in {r.id for r in found.heldout.rows} else e for e in many[:40]]

@@ -37,7 +37,10 @@ def add(command: Command) -> None:
         "What a run would need here: memory by part, tokens and time by stage. No weight is read; the pace is measured for some seconds.",
         "accord plan demo",
     )
-    plan.add_argument("config", help="a recipe (demo, or a YAML file), a run folder's config.yaml, or a YAML file of accord rl's settings")
+    plan.add_argument(
+        "config",
+        help="a recipe (demo, from-nothing, constitution, or a YAML file), a run folder or its config.yaml, or a YAML file of accord rl's settings",
+    )
     add_model(plan, "with settings of accord rl: {}")
     plan.add_argument("--prompts", help="with settings of accord rl: its prompts")
     plan.add_argument("--reward", action="append", metavar="[WEIGHT*]SPEC", help="with settings of accord rl: its reward, if it is a model")
@@ -83,6 +86,7 @@ def do_run(arguments: argparse.Namespace) -> None:
 def do_plan(arguments: argparse.Namespace) -> None:
     from accord.api import announce, plan_rl_run
     from accord.pipeline import announce_run
+    from accord.tuning import plan_tuning_run
 
     path = Path(arguments.config)
     values = load_yaml(recipe_text(str(path / "config.yaml" if path.is_dir() else path)), arguments.config)
@@ -90,6 +94,8 @@ def do_plan(arguments: argparse.Namespace) -> None:
         values = {"command": "rl", "model": arguments.model, "prompts": arguments.prompts, "reward": arguments.reward, "rl": values}
     if values.get("command") == "rl":
         announce(*plan_rl_run(values, arguments.config))
+    elif values.get("command") in ("sft", "prefer", "pretrain"):
+        announce(None, plan_tuning_run(values, arguments.config))
     else:
         recipe = values["recipe"] if values.get("command") == "run" else values
         announce_run(build(Recipe, recipe, arguments.config))

@@ -213,7 +213,7 @@ def _tune(arguments: argparse.Namespace, kind: type[BaseModel], sources: Sequenc
         command: settings(arguments, kind),
     }
     refuse_existing(arguments.out)
-    prepared = prepare(config, f"accord {command}")
+    prepared = prepare(config, f"accord {command}", planned=True)
     after_tuning(arguments.out, command, finish(Run.create(arguments.out, config), prepared))
 
 

@@ -14,7 +14,7 @@ from accord.data.batching import packs
 from accord.nn.budget import TokenBudget
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import token_stats
-from accord.nn.transformer import Transformer
+from accord.nn.transformer import ModelConfig, Transformer
 from accord.nn.weights import parse_config
 from accord.pretraining.settings import PretrainSettings
 from accord.pretraining.sizes import config_of, size_of
@@ -29,12 +29,17 @@ SPREAD = 0.02
 """Standard deviation of first weights."""
 
 
+def new_config(tokenizer: Tokenizer, settings: PretrainSettings) -> tuple[dict[str, Any], ModelConfig]:
+    """Of the model that the settings ask for, as a file has it and read."""
+    grouped = settings.attention == "grouped"
+    raw = config_of(size_of(settings.size), tokenizer.size, settings.context, tokenizer.eos_ids[0], grouped, settings.positions)
+    return raw, parse_config(raw)
+
+
 def new_policy(tokenizer: Tokenizer, settings: PretrainSettings) -> Policy:
     """A model of first weights, all of which train: normal with standard deviation 0.02, of what layers add to the residual stream
     0.02 / sqrt(2 * layers) (Radford et al. 2019, section 2.3)."""
-    vocabulary, grouped = tokenizer.size, settings.attention == "grouped"
-    raw = config_of(size_of(settings.size), vocabulary, settings.context, tokenizer.eos_ids[0], grouped, settings.positions)
-    config = parse_config(raw)
+    raw, config = new_config(tokenizer, settings)
     model = Transformer(config)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():

@@ -62,19 +62,14 @@ def config_of(
     return {"model_type": "accord", **shape, "positions": positions}
 
 
-def memory(weights: int, muon: bool = False) -> int:
-    """Bytes of weights, gradients and moments while they train: Adam keeps two of a weight, Muon one."""
-    return weights * 4 * (3 if muon else 4)
-
-
 def table(vocabulary: int, context: int) -> list[tuple[str, ...]]:
-    """Rows for people: name, shape, weights, memory, compute a token, learning rate."""
+    """Rows for people: name, shape, weights, memory (of weights, gradients and Adam's two moments in fp32), compute a token, learning rate."""
     out = list[tuple[str, ...]]()
     for name, size in SIZES.items():
         weights = size.weights(vocabulary)
         flops = 6 * weights + 6 * size.layers * context * size.width  # of causal attention half the places
         out.append((
-            name, f"{size.layers} x {size.width}, {size.heads} heads", f"{weights / 1e6:.1f} M", f"{memory(weights) / 1e9:.2f} GB",
+            name, f"{size.layers} x {size.width}, {size.heads} heads", f"{weights / 1e6:.1f} M", f"{16 * weights / 1e9:.2f} GB",
             f"{flops / 1e9:.2f} GFLOP", f"{size.rate:g}",
         ))  # fmt: skip
     return out

@@ -53,6 +53,18 @@ class Judged:
         return [value / most if most else 0.0 for value in net]
 
 
+def with_pairs(groups: Sequence[PairGroup], what: str = "pairs") -> list[PairGroup]:
+    """Those that have a pair.
+
+    Raises:
+        UserError: none has.
+    """
+    found = [group for group in groups if group.pairs]
+    if not found:
+        raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
+    return found
+
+
 class Comparisons:
     """Prompts with compared completions, in a policy's tokens.
 
@@ -65,11 +77,10 @@ class Comparisons:
     """
 
     def __init__(self, policy: Policy, groups: Sequence[PairGroup], max_tokens: int | None, what: str = "pairs") -> None:
-        found = [judge(policy, group) for group in track(groups, f"Encoding {what}", len(groups)) if group.pairs]
-        if not found:
-            raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
-        told = f"prompts of the {what}, each with its longest completion,"
-        found = fitting(found, lambda one: one.longest, lambda one: one.group.prompt.id, max_tokens, policy.context, told)
+        told = with_pairs(groups, what)
+        found = [judge(policy, group) for group in track(told, f"Encoding {what}", len(told))]
+        named = f"prompts of the {what}, each with its longest completion,"
+        found = fitting(found, lambda one: one.longest, lambda one: one.group.prompt.id, max_tokens, policy.context, named)
         self._set(found, policy)
 
     def _set(self, judged: Sequence[Judged], policy: Policy) -> None:

@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Loss = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
+HELD_OUT = 500
+"""Rows that are held out at most, unless they are given."""
 BETAS: dict[Loss, float] = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
 
 

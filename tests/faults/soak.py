@@ -48,7 +48,7 @@ def main() -> None:
     from campaign import make_home, put
 
     from accord.data.sources import read_prompts
-    from accord.plan import resident_memory
+    from accord.planning.plan import resident_memory
     from accord.reward.sources import build_reward
     from accord.rl.settings import RLSettings
     from accord.rl.trainer import train

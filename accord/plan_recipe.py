@@ -1,0 +1,153 @@
+"""What a recipe will need: every stage, one after the other, and the memory of the one that needs most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from accord.beginning import SAMPLED, asked
+from accord.config import Base, Principled, Recipe
+from accord.constitution.principles import read_constitution
+from accord.constitution.revising import request, shots_of
+from accord.constitution.rules import HARMFUL, kind_of
+from accord.data.records import SPLITS, Example, Prompt, split_of
+from accord.data.sources import read_examples, read_texts
+from accord.errors import UserError
+from accord.nn.loading import default_device, resolve_dtype
+from accord.nn.transformer import ModelConfig
+from accord.planning.models import lengths_of, look
+from accord.planning.plan import Plan, Stage
+from accord.planning.reinforcement import Pace, distinct_tokens, measure_pace, plan_rl, rl_seconds, sampling_seconds
+from accord.planning.supervised import Work, plan_tuning, work_of_examples
+from accord.pretraining.language import new_config
+from accord.pretraining.tokens import MEASURED
+from accord.stories.stories import stories
+from accord.supervised.settings import LoopSettings
+from accord.text.tokenizer import Tokenizer
+from accord.text.vocabulary import learn_tokenizer
+
+SOME = 4000
+"""Stories that a tokenizer like the run's is learned from."""
+KEPT = 4
+"""Of so many chains one is kept, about: of the bundled model's texts most are cut by the length limit or do not decline."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Texts that a stage samples: how many, and tokens of what they follow and of themselves."""
+
+    stage: str
+    count: int
+    prompt: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Training:
+    stage: str
+    settings: LoopSettings
+    work: Work
+
+
+@dataclass(frozen=True)
+class Early:
+    """The model that a recipe's completions come from, its tokenizer, and what its stages before them do."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    sampled: list[Sampling] = field(default_factory=list)
+    trained: list[Training] = field(default_factory=list)
+
+
+def plan_recipe(recipe: Recipe, prompts: Sequence[Prompt]) -> Plan | None:
+    """Of ``accord run``, the prompts split as the run splits them; None for a model that accord does not compute itself.
+
+    Raises:
+        UserError: something that the recipe names is not there or is wrong.
+    """
+    looked = None if recipe.base else look(recipe.model)
+    if recipe.base:
+        early = made(recipe.base)
+    elif looked is None:
+        return None
+    else:
+        early = revised(recipe.constitution, *looked, prompts) if recipe.constitution else Early(*looked)
+    config, rl, layers = early.config, recipe.rl, min(recipe.reward.top_layers, early.config.num_hidden_layers)
+    splits = {name: lengths_of(early.tokenizer, [p for p in prompts if split_of(p.id) == name]) for name in SPLITS}
+    everything = [n for lengths in splits.values() for n in lengths]
+    last = plan_rl(config, rl, everything, layers, timed=False)
+    plans = [replace(plan_tuning(t.stage, config, t.settings, t.work), of=t.stage) for t in early.trained]
+    most = max([replace(last, of=rl.algorithm if plans else ""), *plans], key=lambda plan: plan.memory)
+    if not most.fits:
+        return replace(most, stages=[])
+    device, prompt = default_device(), max(round(sum(everything) / len(everything)), 1)
+    pace = measure_pace(config, resolve_dtype(rl.dtype, device), device, rl, prompt, layers)
+    took = {name: Stage(name, 0, 0.0) for name in (*(s.stage for s in early.sampled), *(t.stage for t in early.trained))}
+    for s in early.sampled:
+        took[s.stage] = _plus(took[s.stage], s.count * s.new, sampling_seconds(pace, s.count, 1, s.prompt, s.new, rl.rows))
+    for stage in (stage for plan in plans for stage in plan.stages):
+        took[stage.name] = _plus(took[stage.name], stage.tokens, stage.seconds)
+    return replace(most, stages=[*took.values(), *later(recipe, {name: len(n) for name, n in splits.items()}, prompt, pace)])
+
+
+def _plus(stage: Stage, tokens: int, seconds: float) -> Stage:
+    return Stage(stage.name, stage.tokens + tokens, stage.seconds + seconds)
+
+
+def later(recipe: Recipe, counts: dict[str, int], prompt: int, pace: Pace) -> list[Stage]:
+    """From completions to the evaluation. ``counts``: prompts of each split; ``prompt``: tokens of one."""
+    s, rl, r, e = recipe.sample, recipe.rl, recipe.reward, recipe.evaluation
+    ranked, held = counts["train"] + counts["validation"], counts["heldout"]
+    seen = distinct_tokens(ranked, s.per_prompt, prompt, s.max_new_tokens)
+    judged = distinct_tokens(held, e.per_prompt, prompt, e.max_new_tokens)
+    sides = 3 if recipe.constitution else 2
+    return [
+        Stage("completions", ranked * s.per_prompt * s.max_new_tokens, sampling_seconds(pace, ranked, s.per_prompt, prompt, s.max_new_tokens, s.rows)),
+        Stage("reward model", seen * r.epochs, seen * (pace.trunk + pace.reward_step * (r.epochs + 0.3 * (1 + r.probe)))),
+        Stage(f"{rl.max_steps} steps of {rl.algorithm}", rl.max_steps * rl.prompts_per_step * rl.completions_per_prompt * rl.max_new_tokens, rl_seconds(pace, rl, prompt)),
+        Stage("evaluation", sides * held * e.per_prompt * e.max_new_tokens, sides * sampling_seconds(pace, held, e.per_prompt, prompt, e.max_new_tokens, e.rows) + 6 * judged * pace.forward),
+    ]  # fmt: skip
+
+
+def made(base: Base) -> Early:
+    """A model from nothing, with a tokenizer like that which it will have, learned from fewer texts where these support its vocabulary."""
+    s = base.pretrain
+    texts = read_texts(base.text) if base.text else list(stories(min(SOME, base.documents), s.seed))
+    some = texts[:SOME]
+    try:
+        tokenizer = Tokenizer(learn_tokenizer(some, "bpe", base.vocabulary))
+    except UserError:
+        tokenizer = Tokenizer(learn_tokenizer(texts, "bpe", base.vocabulary))
+    examples = read_examples(base.examples) if base.examples else [
+        Example(f"wish-{i:05d}", wish, story) for i, (wish, story) in enumerate(asked(base.asked, base.sft.seed), 1)
+    ]  # fmt: skip
+    row = 1 + sum(map(len, tokenizer.encode_texts(some))) / len(some)  # and its end
+    every = row * (len(texts) * _characters(texts) / _characters(some) if base.text else base.documents)
+    held = min(MEASURED, every / 20)
+    steps = math.ceil((s.tokens or s.epochs * (every - held)) / s.tokens_per_step)
+    row = min(row, float(s.context))
+    reading = Training("pretrain", s, Work(steps, s.tokens_per_step, row, row - 1, held))
+    answering = Training("sft", base.sft, work_of_examples(tokenizer, examples, None, base.sft))
+    told = [] if base.text else [Sampling("pretrain", 2 * SAMPLED, 1, min(round(row), s.context - 1))]
+    return Early(new_config(tokenizer, s)[1], tokenizer, told, [reading, answering])
+
+
+def _characters(texts: Sequence[str]) -> float:
+    return sum(map(len, texts)) / len(texts)
+
+
+def revised(s: Principled, config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Early:
+    """A model that is tuned on its own revisions, of which it keeps one in :data:`KEPT`. Another writer's time is not known."""
+    asked = [p for p in prompts if split_of(p.id) != "heldout"]
+    harmful = sum(kind_of(p) == HARMFUL for p in asked)
+    length = lambda *messages: len(tokenizer.encode_prompt(list(messages)))
+    said = [p.revision for p in read_constitution(s.file).only(s.principles).principles]
+    prompt = round(sum(lengths_of(tokenizer, asked)) / max(len(asked), 1))
+    turn = length(*shots_of(s.shots, s.critiques), request(max(said, key=len)))
+    turns = s.revisions * (2 if s.critiques else 1)
+    writing = [Sampling("revisions", len(asked), prompt, s.max_new_tokens), Sampling("revisions", harmful * turns, prompt + turn + s.max_new_tokens, s.max_new_tokens)]  # fmt: skip
+    answer = tokenizer.inner.decode(tokenizer.encode_plain(" so")[:1]) * (s.max_new_tokens // 2)
+    kept = [Example(p.id, p.content, answer) for p in asked if split_of(p.id) == "train"][::KEPT]
+    tuned = [Training("sft", s.sft, work_of_examples(tokenizer, kept, None, s.sft))] if kept else []
+    return Early(config, tokenizer, [] if s.writer else writing, tuned)
