@@ -94,10 +94,10 @@ def _measure(model: Transformer, s: RLSettings, prompt: int, reward_layers: int)
     engine, names = Engine(state.policy, rows, s.rollout_weights), [str(i) for i in range(rows)]
 
     def sample(new: int) -> float:
-        return least(lambda: engine.go_on(contexts, names, Sampling(max_new_tokens=new)))
+        return least(lambda: engine.go_on(contexts, names, Sampling(max_new_tokens=new)), 3)
 
-    few, more = sample(2), sample(8)
-    step = max((more - few) / 6, 1e-6)
+    few, more = sample(2), sample(14)
+    step = max((more - few) / 12, 1e-6)
     # Scoring and updating, on rows of the run's width.
     width = prompt + s.max_new_tokens
     count = max(min(s.micro_batch_tokens // width, max(wanted // s.minibatches, 1), max(2048 // width, 1)), 1)

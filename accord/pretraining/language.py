@@ -14,6 +14,7 @@ from accord.data.batching import packs
 from accord.nn.budget import TokenBudget
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import token_stats
+from accord.nn.memory import keep_freed_memory
 from accord.nn.transformer import ModelConfig, Transformer
 from accord.nn.weights import parse_config
 from accord.pretraining.settings import PretrainSettings
@@ -40,6 +41,9 @@ def new_policy(tokenizer: Tokenizer, settings: PretrainSettings) -> Policy:
     """A model of first weights, all of which train: normal with standard deviation 0.02, of what layers add to the residual stream
     0.02 / sqrt(2 * layers) (Radford et al. 2019, section 2.3)."""
     raw, config = new_config(tokenizer, settings)
+    device = default_device()
+    if device.type == "cpu":
+        keep_freed_memory()  # before the first product
     model = Transformer(config)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
@@ -48,7 +52,7 @@ def new_policy(tokenizer: Tokenizer, settings: PretrainSettings) -> Policy:
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 p.normal_(0.0, SPREAD / math.sqrt(2 * config.num_hidden_layers) if last else SPREAD, generator=generator)
     model.compute_dtype = resolve_dtype(settings.dtype)
-    model = model.to(default_device())
+    model = model.to(device)
     return Policy(model, tokenizer, raw, "scratch", model, "full", trunk_layers=model.depth)
 
 
