@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accord.api import announce, load
 from accord.config import build
@@ -20,13 +20,14 @@ from accord.errors import UserError
 from accord.evaluation.report import write_report
 from accord.feedback.given import Given
 from accord.nn.bundled import cache_folder
-from accord.nn.loading import model_folder, resolve_dtype
+from accord.nn.loading import default_device, model_folder, resolve_dtype
+from accord.nn.transformer import ModelConfig
 from accord.nn.weights import sampled_fingerprint
+from accord.planning.models import Weights, look
 from accord.planning.plan import Plan
-from accord.planning.supervised import Work, plan_for_preference, plan_for_sft, plan_tuning
+from accord.planning.supervised import Work, plan_tuning, work_of_examples, work_of_pairs
 from accord.pretraining.language import Language, new_config, new_policy
 from accord.pretraining.settings import PretrainSettings
-from accord.pretraining.sizes import size_of
 from accord.pretraining.tokens import Tokens
 from accord.progress import console, several
 from accord.rollout.policy import Policy
@@ -35,6 +36,7 @@ from accord.supervised.comparisons import Comparisons
 from accord.supervised.examples import Encoded
 from accord.supervised.imitation import Imitation
 from accord.supervised.preference import Preference
+from accord.supervised.reading import Reader, Unread
 from accord.supervised.settings import HELD_OUT, LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
 from accord.supervised.training import Task, Tuned, tune
 from accord.text.tokenizer import Tokenizer
@@ -179,24 +181,32 @@ def carry_out(folder: Path, config: dict[str, Any], prepared: Prepared, resume: 
         run.close()
 
 
-def imitation(policy: Policy, examples: Sequence[Example], validation: Sequence[Example] | None, settings: SFTSettings) -> Imitation:
+def imitation(reader: Reader, examples: Sequence[Example], validation: Sequence[Example] | None, settings: SFTSettings) -> Imitation:
     """The task of ``accord sft``. ``validation``: None holds out a tenth of the examples (:func:`accord.data.records.hold_out`)."""
     if validation is not None:
-        held = Encoded(policy, validation, settings.max_tokens, "validation examples") if validation else None
-        return Imitation(Encoded(policy, examples, settings.max_tokens), held, settings)
-    every = Encoded(policy, examples, settings.max_tokens)
+        held = Encoded(reader, validation, settings.max_tokens, "validation examples") if validation else None
+        return Imitation(Encoded(reader, examples, settings.max_tokens), held, settings)
+    every = Encoded(reader, examples, settings.max_tokens)
     kept, out = hold_out(every.rows, lambda row: row.id, settings.examples_per_step, HELD_OUT)
     return Imitation(every.only(kept), every.only(out) if out else None, settings)
 
 
-def preference(policy: Policy, pairs: Sequence[PairGroup], validation: Sequence[PairGroup] | None, settings: PreferenceSettings) -> Preference:  # fmt: skip
-    """The task of ``accord prefer``. ``validation``: None holds out the pairs of a tenth of the prompts (:func:`accord.data.records.hold_out`)."""
+def compared(
+    reader: Reader, pairs: Sequence[PairGroup], validation: Sequence[PairGroup] | None, settings: PreferenceSettings
+) -> tuple[Comparisons, Comparisons | None]:
+    """What ``accord prefer`` learns from and is measured on. ``validation``: None holds out the pairs of a tenth of the prompts
+    (:func:`accord.data.records.hold_out`)."""
     if validation is not None:
-        held = Comparisons(policy, validation, settings.max_tokens, "validation pairs") if validation else None
-        return Preference(policy, Comparisons(policy, pairs, settings.max_tokens), held, settings)
-    every = Comparisons(policy, pairs, settings.max_tokens)
+        held = Comparisons(reader, validation, settings.max_tokens, "validation pairs") if validation else None
+        return Comparisons(reader, pairs, settings.max_tokens), held
+    every = Comparisons(reader, pairs, settings.max_tokens)
     kept, out = hold_out(every.judged, lambda one: one.group.prompt.id, settings.prompts_per_step, HELD_OUT)
-    return Preference(policy, every.only(kept), every.only(out) if out else None, settings)
+    return every.only(kept), every.only(out) if out else None
+
+
+def preference(policy: Policy, pairs: Sequence[PairGroup], validation: Sequence[PairGroup] | None, settings: PreferenceSettings) -> Preference:  # fmt: skip
+    """The task of ``accord prefer`` (:func:`compared`)."""
+    return Preference(policy, *compared(policy, pairs, validation, settings), settings)
 
 
 @dataclass
@@ -220,79 +230,83 @@ def prepare(config: Mapping[str, Any], where: str, planned: bool = False) -> Pre
     Args:
         planned: print what the run will need, and refuse it if it cannot fit, before the model is read.
     """
-    command = str(config["command"])
-    if command == "pretrain":
-        tokenizer, settings, task = _language(config, where)
-        if planned:
-            announce(None, _plan_language(tokenizer, settings, task))
-        start = new_policy(tokenizer, settings)
-        return Prepared(settings, start, start, task)
-    read = _read(config, where)
+    ready = _read(config, where)
     if planned:
-        announce(None, read.plan())
-    return read.prepared()
+        announce(None, ready.plan())
+    return ready.prepared()
 
 
 def plan_tuning_run(config: Mapping[str, Any], where: str) -> Plan | None:
     """Of a run of what its ``config.yaml`` says; None for a model that accord does not compute itself."""
-    if config["command"] == "pretrain":
-        return _plan_language(*_language(config, where))
     return _read(config, where).plan()
 
 
-@dataclass
-class _Examples:
-    """What ``accord sft`` learns from, read."""
+class Ready(NamedTuple):
+    """A run whose rows are read and checked, and whose weights are not."""
 
-    model: str
-    settings: SFTSettings
-    train: list[Example]
-    held: list[Example] | None
-
-    def plan(self) -> Plan | None:
-        return plan_for_sft(self.model, self.settings, self.train, self.held)
-
-    def prepared(self) -> Prepared:
-        policy = load(self.model, self.settings.dtype)
-        return Prepared(self.settings, policy, adapted(policy, self.settings), imitation(policy, self.train, self.held, self.settings))
+    plan: Callable[[], Plan | None]
+    prepared: Callable[[], Prepared]
 
 
-@dataclass
-class _Pairs:
-    """What ``accord prefer`` learns from, read."""
-
-    model: str
-    settings: PreferenceSettings
-    train: Sequence[PairGroup]
-    held: list[PairGroup] | None
-
-    def plan(self) -> Plan | None:
-        return plan_for_preference(self.model, self.settings, self.train, self.held)
-
-    def prepared(self) -> Prepared:
-        policy = load(self.model, self.settings.dtype)
-        return Prepared(self.settings, policy, adapted(policy, self.settings), preference(policy, self.train, self.held, self.settings))
-
-
-def _read(config: Mapping[str, Any], where: str) -> _Examples | _Pairs:
+def _read(config: Mapping[str, Any], where: str) -> Ready:
     command = str(config["command"])
-    of = "examples" if command == "sft" else "pairs"
+    of = {"sft": "examples", "prefer": "pairs", "pretrain": "text"}[command]
     if not config.get(of) and not (command == "prefer" and (config.get("rankings") or config.get("store"))):
-        call = "train_sft" if command == "sft" else "train_preference"
+        call = {"sft": "train_sft", "prefer": "train_preference", "pretrain": "pretrain"}[command]
         raise UserError(f"{where} has no '{of}': the run was started from Python, and goes on there, by the same {call}(...) with resume=True.")  # fmt: skip
+    for key in (command, "tokenizer" if command == "pretrain" else "model"):
+        if not config.get(key) and not (key == command and config.get(key) == {}):
+            raise UserError(f"{where} has no '{key}'; a run's config.yaml has.")
+    if command == "pretrain":
+        return _language(config, where)
     if command == "sft":
-        settings = build(SFTSettings, config["sft"], where)
-        examples = read_examples(config["examples"])
-        held = read_examples(config["validation"]) if config.get("validation") else None
-        return _Examples(config["model"], settings, examples, held)
-    wanted = build(PreferenceSettings, config["prefer"], where)
-    groups = Given(*map(config.get, Given._fields)).groups(wanted.fail_weight)
-    held_groups = read_pairs(config["validation"]) if config.get("validation") else None
-    return _Pairs(config["model"], wanted, groups, held_groups)
+        return _examples(config, build(SFTSettings, config["sft"], where))
+    return _pairs(config, build(PreferenceSettings, config["prefer"], where))
 
 
-def _language(config: Mapping[str, Any], where: str) -> tuple[Tokenizer, PretrainSettings, Language]:
-    """What ``accord pretrain`` learns from, in tokens."""
+def _examples(config: Mapping[str, Any], s: SFTSettings) -> Ready:
+    examples = read_examples(config["examples"])
+    held = read_examples(config["validation"]) if config.get("validation") else None
+    shape, reader, start = _opened(config["model"], s)
+    task = imitation(reader, examples, held, s)
+
+    def prepared() -> Prepared:
+        policy = start()
+        return Prepared(s, policy, adapted(policy, s), task)
+
+    work = work_of_examples(task.train.rows, task.heldout.rows if task.heldout else [], s)
+    return Ready(lambda: _plan("SFT", shape, s, work), prepared)
+
+
+def _pairs(config: Mapping[str, Any], s: PreferenceSettings) -> Ready:
+    groups = Given(*map(config.get, Given._fields)).groups(s.fail_weight)
+    validation = read_pairs(config["validation"]) if config.get("validation") else None
+    shape, reader, start = _opened(config["model"], s)
+    train, held = compared(reader, groups, validation, s)
+
+    def prepared() -> Prepared:
+        policy = start()
+        return Prepared(s, policy, adapted(policy, s), Preference(policy, train, held, s))
+
+    work = work_of_pairs(train.judged, held.judged if held else [], s)
+    return Ready(lambda: _plan(s.loss.upper(), shape, s, work), prepared)
+
+
+def _plan(name: str, shape: ModelConfig | None, s: TuningSettings, work: Work) -> Plan | None:
+    return None if shape is None else plan_tuning(name, shape, s, work)
+
+
+def _opened(model: str, s: TuningSettings) -> tuple[ModelConfig | None, Reader, Callable[[], Policy]]:
+    """A model's shape, whose tokens rows are put in, and how its weights are read; one that accord does not compute itself is read now."""
+    looked = look(model)
+    if looked is None:
+        policy = load(model, s.dtype)
+        return None, policy, lambda: policy
+    shape, tokenizer = looked
+    return shape, Unread(tokenizer, shape.max_position_embeddings, default_device()), lambda: load(model, s.dtype)
+
+
+def _language(config: Mapping[str, Any], where: str) -> Ready:
     settings = build(PretrainSettings, config["pretrain"], where)
     folder = Path(config["tokenizer"])
     tokenizer = Tokenizer.load(folder if folder.is_dir() else model_folder(config["tokenizer"]))
@@ -302,20 +316,22 @@ def _language(config: Mapping[str, Any], where: str) -> tuple[Tokenizer, Pretrai
         train, held = text.whole(), corpus(config["validation"], tokenizer, most).whole()
     else:
         train, held = text.split()
-    weights = size_of(settings.size).weights(tokenizer.size, settings.attention == "grouped")
+    shape = new_config(tokenizer, settings)[1]
+    weights = Weights.of(shape).total
     task = Language(train, held, settings)
     console.print(
         f"{weights / 1e6:.1f} M weights; {several(len(text), 'document')}, "
         f"{train.told / 1e6:.2f} M tokens ({train.bytes / train.told:.2f} bytes each); {task.steps} steps of {settings.tokens_per_step} tokens.",
         soft_wrap=True,
     )  # fmt: skip
-    return tokenizer, settings, task
-
-
-def _plan_language(tokenizer: Tokenizer, settings: PretrainSettings, task: Language) -> Plan:
     row = task.each / len(task.train)
     work = Work(task.steps, settings.tokens_per_step, row, row - 1, float(task.heldout.sizes.sum()))
-    return plan_tuning("pretraining", new_config(tokenizer, settings)[1], settings, work)
+
+    def prepared() -> Prepared:
+        start = new_policy(tokenizer, settings)
+        return Prepared(settings, start, start, task)
+
+    return Ready(lambda: plan_tuning("pretraining", shape, settings, work), prepared)
 
 
 def corpus(sources: Sequence[str], tokenizer: Tokenizer, most: int | None) -> Tokens:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from accord.data.records import Prompt
 from accord.nn.weights import parse_config
-from accord.plan import random_model
+from accord.planning.models import random_model
 from accord.reward.model import RewardModel
 from accord.reward.sources import build_reward
 from accord.rl.settings import RLSettings

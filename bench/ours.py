@@ -13,7 +13,7 @@ import work
 from accord.data.records import Completion, Example, Pair, PairGroup, Prompt
 from accord.nn import attention, fused, logprobs, native
 from accord.nn.weights import parse_config, read_config
-from accord.plan import random_model
+from accord.planning.models import random_model
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import build_reward

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 PAGE = ROOT / "docs/pretraining-against-transformers.md"
 WARM = 3  # steps before the clock runs
+AS_IT_IS = {"GLIBC_TUNABLES": "", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+"""A peer takes its first weights from accord's model, which sets how memory is kept (accord/nn/memory.py); its process keeps it as torch does."""
 
 
 def work(task):
@@ -122,7 +124,8 @@ def main():
                 for name in names:
                     settings = {"size": arguments.size, "tokens": arguments.tokens, "context": 256, "seed": seed, "warmup": 0.05}
                     task = {"program": name, "text": str(own), "tokenizer": str(home / "tokenizer"), "settings": settings}
-                    done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, env={**os.environ, "ACCORD_CACHE": str(home / "cache")})  # fmt: skip
+                    environment = {**os.environ, **(AS_IT_IS if name != "accord" else {}), "ACCORD_CACHE": str(home / "cache")}
+                    done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, env=environment)  # fmt: skip
                     if done.returncode:
                         raise SystemExit(done.stderr[-3000:])
                     found[name].append(json.loads(done.stdout.splitlines()[-1]))

@@ -213,7 +213,7 @@ MUTANTS = [
     ("constitution/stages", "[new - old for old, new", "[old - new for old, new", "what has changed since the first model, with the wrong sign", "test_constitution_recipe.py", "three_models"),
     ("constitution/stages", "if g.prompt.id not in theirs]", "]", "the judge's pairs stay where people ranked", "test_constitution_recipe.py", "what_is_known"),
     ("planning/supervised", "read = work.measured(s.validate_every) * work.held", "read = work.held", "what is held out is planned to be read once", "test_plan.py", "tuning_time"),
-    ("planning/supervised", "(len(train) + len(out)) * each", "len(train) * each", "a reference is planned not to read what is held out", "test_plan.py", "prefer_reads"),
+    ("planning/supervised", "else sum(tokens),", "else sum(tokens[: len(train)]),", "a reference is planned not to read what is held out", "test_plan.py", "prefer_reads"),
     ("planning/models", "x + (y - x) * share", "x + y * share", "a deep model's pace is not on the line through two", "test_plan.py", "deeper_model"),
 ]  # fmt: skip
 

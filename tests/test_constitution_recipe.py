@@ -20,7 +20,7 @@ from accord.constitution.revising import curve, examples, own_shots, revise
 from accord.constitution.routing import agreement_with, for_people
 from accord.constitution.rules import Rules, by_rules, declines, evades, measures, points
 from accord.constitution.stages import told
-from accord.constitution.writers import PolicyWriter, Written
+from accord.constitution.writers import Written, encode_asked
 from accord.data.records import Completion, Prompt, Ranking, split_of
 from accord.data.sources import read_examples, read_pairs, read_prompts, read_rankings
 from accord.data.statistics import bootstrap_mean
@@ -290,11 +290,8 @@ def test_without_a_chat_template(tmp_path):
         totals.append(sum(float(table[len(ids) - 1 + k, token]) for k, token in enumerate(more)))
     expected = torch.tensor(totals).log_softmax(0).tolist()
     assert verdict == pytest.approx(expected, abs=1e-4)
-    writer = PolicyWriter(policy, "plain", 0.0, 6)
-    assert (
-        writer._content([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}])
-        == "Human: hi\n\nAssistant: yes\n\nAssistant:"
-    )
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert encode_asked(policy.tokenizer, chat) == policy.tokenizer.encode_plain("Human: hi\n\nAssistant: yes\n\nAssistant:")
 
 
 # The recipe
@@ -358,7 +355,8 @@ def test_without_ordinary_prompts_nothing_begins(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "model")
     assert main("constitution prompts --variants 2 --out p.jsonl".split()) == 0
     (tmp_path / "r.yaml").write_text(
-        "model: model\nprompts: p.jsonl\nconstitution: {}\nfeedback: {labelers: ai}\nrl: {prompts_per_step: 8}\n"
+        "model: model\nprompts: p.jsonl\nconstitution: {}\nfeedback: {labelers: ai}\nrl: {prompts_per_step: 8, max_new_tokens: 8}\n"
+        "sample: {max_new_tokens: 8}\nevaluation: {max_new_tokens: 8}\n"
     )
     assert main("run r.yaml --out out".split()) == 3
     assert (

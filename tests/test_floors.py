@@ -1,6 +1,8 @@
 """The direction of flow: a floor imports only from the floors below it."""
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import accord
@@ -46,3 +48,15 @@ def test_floors_import_only_downwards():
 def test_every_folder_says_what_lives_there():
     for folder in {p.parent for p in ROOT.rglob("*.py")} - {ROOT}:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def test_what_benchmarks_take_from_accord_is_there():
+    """They run seldom, so a name that has moved would be noticed late."""
+    for path in (Path(__file__).parent.parent / "bench").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "accord":
+                module = importlib.import_module(node.module)
+                missing = [
+                    a.name for a in node.names if not hasattr(module, a.name) and not importlib.util.find_spec(f"{node.module}.{a.name}")
+                ]
+                assert not missing, (path, missing)

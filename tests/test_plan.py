@@ -9,12 +9,12 @@ import torch
 from conftest import SHAPE, save_model
 
 from accord.cli import main
-from accord.config import Base
+from accord.config import Base, Principled
 from accord.data.records import Completion, Example, Pair, PairGroup, Prompt
 from accord.disk import write_lines
 from accord.errors import UserError
 from accord.nn.transformer import ModelConfig
-from accord.plan_recipe import made
+from accord.plan_recipe import answers, made, revised
 from accord.planning import models
 from accord.planning import plan as planning
 from accord.planning.models import along, kept_by_a_layer, random_model
@@ -152,35 +152,38 @@ TUNING = dict(examples_per_step=4, epochs=3, dtype="float32")
 
 
 def test_what_sft_reads_is_what_it_then_reads(tiny):
-    """Against the task itself; every row is counted where there are few."""
+    """Against the task itself; and where only some are put in tokens, about as much."""
     s = SFTSettings(**TUNING)
-    work = work_of_examples(tiny.tokenizer, EXAMPLES, None, s)
     task = imitation(tiny, EXAMPLES, None, s)
-    everything = task.train.rows + task.heldout.rows
-    assert (work.steps, len(everything)) == (task.steps, 60)
-    assert work.row == pytest.approx(sum(len(r.tokens) for r in everything) / 60)
-    assert work.told == pytest.approx((task.train.counted + task.heldout.counted) / 60)
-    assert work.step == pytest.approx(4 * work.row) and work.held == pytest.approx(len(task.heldout) * work.row)
-    given = work_of_examples(tiny.tokenizer, EXAMPLES[:40], EXAMPLES[40:], s)
-    assert given.steps == 30 and given.held == pytest.approx(20 * given.row)
-    short = work_of_examples(tiny.tokenizer, EXAMPLES, None, s.model_copy(update={"max_tokens": round(work.row)}))
-    assert short.row < work.row
+    work = work_of_examples(task.train.rows, task.heldout.rows, s)
+    length = lambda rows: sum(len(r.tokens) for r in rows)
+    assert (
+        work.steps == task.steps and work.held == length(task.heldout.rows) and work.widest == max(len(r.tokens) for r in task.train.rows)
+    )
+    assert work.row == pytest.approx(length(task.train.rows) / len(task.train)) and work.step == pytest.approx(4 * work.row)
+    assert work.told == pytest.approx(task.train.counted / len(task.train))
+    many = [Example(f"m{i}", e.content, e.answer) for i, e in enumerate(EXAMPLES * 30)]
+    some = answers(tiny.tokenizer, many[200:], many[:200], s)
+    assert some.steps == 1200 and some.row == pytest.approx(length(imitation(tiny, many, [], s).train.rows) / 1800, rel=0.05)
+    assert some.held == pytest.approx(200 * some.row)
 
 
 def test_what_prefer_reads(tiny):
-    """A prompt once for its completions; the reference reads everything once, or nothing where a loss knows none."""
+    """A prompt once for its completions; the reference reads everything once, or nothing where a loss knows none; kto other completions, too."""
     group = lambda i: PairGroup(
         p := Prompt(f"p{i}", f"say {i}"), tuple(Completion(p, text, True, k) for k, text in enumerate(("ab", "abcd"))), (Pair(1, 0),)
     )
     groups = [group(i) for i in range(50)]
     s = PreferenceSettings(prompts_per_step=5, dtype="float32")
-    work, task = work_of_pairs(tiny.tokenizer, groups, None, s), preference(tiny, groups, None, s)
-    length = sum(len(j.prompt) + 3 + 5 for j in (*task.train.judged, *task.heldout.judged)) / 50  # two and four letters, and an end
-    assert work.steps == task.steps and work.step == pytest.approx(5 * length) and work.told == 4
-    assert work.reference == pytest.approx(50 * length) and work.held == pytest.approx(len(task.heldout) * length)
-    assert work_of_pairs(tiny.tokenizer, groups, None, s.model_copy(update={"loss": "simpo"})).reference == 0
-    with pytest.raises(UserError, match="of no two completions"):
-        work_of_pairs(tiny.tokenizer, [PairGroup(g.prompt, g.completions, ()) for g in groups], None, s)
+    task = preference(tiny, groups, None, s)
+    of = lambda **changes: work_of_pairs(task.train.judged, task.heldout.judged, s.model_copy(update=changes))
+    work = of()
+    length = lambda some: sum(len(j.prompt) + 3 + 5 for j in some)  # two and four letters, and an end
+    train, held = task.train.judged, task.heldout.judged
+    assert work.steps == task.steps and work.step == pytest.approx(5 * length(train) / len(train)) and work.told == 4
+    assert work.reference == length([*train, *held]) and work.held == length(held) and work.beside == 0
+    assert of(loss="simpo").reference == 0
+    assert of(loss="kto").beside == pytest.approx(2 * work.step) and of(loss="kto").held == 3 * work.held
 
 
 def tuning_parts(kind=SFTSettings, **changes):
@@ -212,9 +215,11 @@ def test_tuned_weights_are_those_that_train(adaptation):
 
 def test_tuning_time_by_hand():
     s = SFTSettings(**TUNING, validate_every=4)
-    work = Work(steps=10, step=200.0, row=20.0, told=10.0, held=100.0, reference=50.0)
+    work = Work(steps=10, step=200.0, row=20.0, told=10.0, held=100.0, reference=50.0, beside=30.0)
     # measured before the first step and after the fourth, the eighth and the last
-    assert tuning_seconds(TuningPace(0.001, 0.01, 0.5), s, work) == pytest.approx(10 * (200 * 0.01 + 0.5) + (4 * 100 + 50) * 0.001)
+    assert tuning_seconds(TuningPace(0.001, 0.01, 0.5), s, work) == pytest.approx(
+        10 * (200 * 0.01 + 0.5) + (4 * 100 + 50 + 10 * 30) * 0.001
+    )
 
 
 def test_a_part_is_taken_for_the_whole_in_the_right_proportion(monkeypatch):
@@ -236,8 +241,8 @@ def test_recipes_from_nothing_are_planned_as_they_then_are(tmp_path):
     assert early.config.vocab_size == real.size and early.config.num_hidden_layers == 6
     assert work.steps == pytest.approx(task.steps, rel=0.05) and work.held == pytest.approx(float(task.heldout.sizes.sum()), rel=0.05)
     assert work.row == pytest.approx(task.each / len(task.train), rel=0.05)
-    answers = early.trained[1].work
-    assert answers.steps == math.ceil((300 - answers.held / answers.row) / 16) and 0 < answers.held < 60 * answers.row
+    taught = early.trained[1].work
+    assert taught.steps == math.ceil((300 - taught.held / taught.row) / 16) and 0 < taught.held < 60 * taught.row
 
 
 def test_sft_and_prefer_are_planned(home, capsys, monkeypatch):
@@ -250,3 +255,33 @@ def test_sft_and_prefer_are_planned(home, capsys, monkeypatch):
     monkeypatch.chdir(home)
     assert main([*words, "--out", "r"]) == 0 and "Memory: about" in (told := capsys.readouterr().out) and " SFT: " in told
     assert main(["plan", "r"]) == 0 and " SFT: " in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_told_before_anything_is_measured(home, capsys):
+    write_lines(home / "e.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 500}])
+    assert main("sft --model model --examples e.jsonl --out r".split()) == 2
+    told = capsys.readouterr()
+    assert "exceed the model's context" in told.err and "Measuring" not in told.out
+    for text, what in (
+        ("command: sft\nexamples: e.jsonl\n", "no 'sft'"),
+        ("command: sft\nexamples: e.jsonl\nsft: {}\n", "no 'model'"),
+        ("command: pretrain\ntext: [e.jsonl]\npretrain: {}\n", "no 'tokenizer'"),
+    ):
+        (home / "c.yaml").write_text(text)
+        assert main(["plan", "c.yaml"]) == 2 and what in capsys.readouterr().err
+    recipe = {
+        "base": {"documents": 200, "vocabulary": 400, "pretrain": {"size": "0.5m", "context": 64, "positions": "learned"}},
+        "prompts": "stories",
+    }
+    (home / "r.yaml").write_text(json.dumps(recipe | {"feedback": {"panel": "stories"}, "evaluation": {"criterion": "stories"}}))
+    assert main(["plan", "r.yaml"]) == 2 and "raise base.pretrain.context" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_writer_without_a_template(tmp_path):
+    """Its shots are read as the writer reads them."""
+    save_model(tmp_path / "plain", chat=False)
+    config, tokenizer = models.look(str(tmp_path / "plain"))
+    prompts = [Prompt(f"p{i}", "say a", "harmful" if i % 2 else "") for i in range(80)]
+    early = revised(Principled(), config, tokenizer, prompts)
+    assert early.sampled[1].prompt > 500 and early.slots > 0
+    assert not revised(Principled(writer="https://host/v1", writer_model="x"), config, tokenizer, prompts).sampled

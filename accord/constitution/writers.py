@@ -12,6 +12,7 @@ from accord.rollout.engine import Engine
 from accord.rollout.policy import Policy
 from accord.rollout.sampling import Sampling
 from accord.service import Refused
+from accord.text.tokenizer import Tokenizer
 
 Message = dict[str, str]
 TURN = "\n\nHuman:"
@@ -46,6 +47,14 @@ class Writer(Protocol):
         ...
 
 
+def encode_asked(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
+    """Ids of a chat, up to where the answer starts; without a template as lines that begin with who speaks."""
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_prompt(chat)
+    lines = [f"{'Human' if m['role'] == 'user' else m['role'].capitalize()}: {m['content']}" for m in chat]
+    return tokenizer.encode_prompt("\n\n".join([*lines, "Assistant:"]))
+
+
 class PolicyWriter:
     """A policy, sampled. A chat that does not fit its context with an answer is not answered."""
 
@@ -56,7 +65,7 @@ class PolicyWriter:
 
     def write(self, asked: Sequence[Asked]) -> list[Written]:
         room = self._policy.context - self._sampling.max_new_tokens
-        contexts = [self._policy.tokenizer.encode_prompt(self._content(one.chat)) for one in asked]
+        contexts = [encode_asked(self._policy.tokenizer, one.chat) for one in asked]
         fitting = [i for i, ids in enumerate(contexts) if len(ids) <= room]
         told = self._engine.go_on([contexts[i] for i in fitting], [asked[i].name for i in fitting], self._sampling) if fitting else []
         out = [
@@ -71,12 +80,6 @@ class PolicyWriter:
             text, speaks, _ = self._policy.tokenizer.decode(tokens).partition(TURN)  # without a template it may go on with the user's turn
             out[i] = Written(text.strip(), finished or bool(speaks))
         return out
-
-    def _content(self, chat: list[Message]) -> str | list[Message]:
-        if self._policy.tokenizer.has_chat_template:
-            return chat
-        lines = [f"{'Human' if m['role'] == 'user' else m['role'].capitalize()}: {m['content']}" for m in chat]
-        return "\n\n".join([*lines, "Assistant:"])
 
 
 class EndpointWriter:

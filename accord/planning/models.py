@@ -133,7 +133,7 @@ def rollout_of(model: Transformer, count: int, prompt: int, new: int) -> Rollout
 
 
 def least(work: Callable[[], Any], repeats: int = 2) -> float:
-    """Seconds of the faster of two runs: the first may warm something up."""
+    """Seconds of the fastest of some runs: the first may warm something up."""
     laps = []
     for _ in range(repeats):
         clock = time.perf_counter()

@@ -41,12 +41,13 @@ class Stage:
 @dataclass(frozen=True)
 class Plan:
     """Memory in bytes, time in seconds. ``stages`` is empty where only a try can tell (environments). ``of``: the stage of several
-    whose memory it is."""
+    whose memory it is; ``samples``: whether completions are sampled."""
 
     parts: list[Part]
     stages: list[Stage]
     available: float
     of: str = ""
+    samples: bool = True
 
     @classmethod
     def of_memory(cls, parts: list[Part], device: torch.device) -> Plan:
@@ -92,10 +93,11 @@ class Plan:
                 when = "" if part.when == "always" else f", while {part.when}"
                 console.print(f"[dim]  {part.bytes / GIB:6.2f} GiB  {part.name}{when}[/]", soft_wrap=True)
         if self.stages:
-            console.print(f"Time: about {minutes(self.seconds)} on this machine, if what is sampled uses its whole length", soft_wrap=True)
+            length = ", if what is sampled uses its whole length" if self.samples else ""
+            console.print(f"Time: about {minutes(self.seconds)} on this machine{length}", soft_wrap=True)
             for stage in self.stages:
                 console.print(f"[dim]  {minutes(stage.seconds):>9}  {stage.name}: {stage.tokens:,} tokens[/]", soft_wrap=True)
-        else:
+        elif self.fits:
             console.print("[dim]How long an environment's episodes take only playing them can tell.[/]", soft_wrap=True)
 
 

@@ -60,6 +60,17 @@ def rl_memory(config: ModelConfig, dtype: torch.dtype, s: RLSettings, lengths: S
     return with_freed(parts)
 
 
+def sampling_memory(config: ModelConfig, dtype: torch.dtype, slots: int) -> list[Part]:
+    """Of a frozen model that samples, with so many slots in its cache."""
+    w, e, L = Weights.of(config), dtype.itemsize, config.num_hidden_layers
+    return with_freed([
+        Part("Python and torch", resident_memory(), "always", ""),
+        Part("the model", w.total * e, "always", "use a smaller model"),
+        Part("the sampler's copies of its layers", (L * w.layer + w.embedding) * e, "sampling", "use a smaller model"),
+        Part("the key/value cache", 2 * L * slots * config.num_key_value_heads * config.head_dim * e, "sampling", "give fewer or shorter examples (constitution.shots)"),
+    ])  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Pace:
     """Seconds of a decoding step, and of a token of each kind of work; ``step_fixed`` of an optimizer step whatever it holds."""

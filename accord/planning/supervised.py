@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 
-from accord.data.records import Example, PairGroup, hold_out
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import CHUNK
 from accord.nn.transformer import ModelConfig, Transformer
-from accord.planning.models import MEASURED, Weights, at_depth, kept_by_a_layer, least, look, matrices, rollout_of, stand_in
+from accord.planning.models import MEASURED, Weights, at_depth, kept_by_a_layer, least, matrices, rollout_of, stand_in
 from accord.planning.plan import ADAM, Part, Plan, Stage, resident_memory, with_freed
-from accord.supervised.comparisons import with_pairs
-from accord.supervised.examples import encode_example
+from accord.supervised.comparisons import Judged
+from accord.supervised.examples import Encoding
 from accord.supervised.imitation import sft_loss
 from accord.supervised.preference import ALONE
-from accord.supervised.settings import HELD_OUT, LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
+from accord.supervised.settings import LoopSettings, PreferenceSettings, SFTSettings, TuningSettings
 from accord.supervised.training import State
-from accord.text.tokenizer import Tokenizer
 
-SOME = 500
-"""Rows whose tokens are counted; the others are taken to be like them."""
 WORK = 1e11
 """Operations of the forward pass that the pace is measured on, about, and"""
 LEAST = 512
 """tokens at least."""
 WIDEST = 1024
 """Tokens of a row at most."""
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,8 @@ class Work:
         told: those of a row whose probability is asked for.
         held: tokens that are held out.
         reference: tokens that the reference reads first.
+        beside: tokens that are read in a step and not learned from.
+        widest: tokens that are computed together in any case.
     """
 
     steps: int
@@ -53,49 +49,43 @@ class Work:
     told: float
     held: float = 0.0
     reference: float = 0.0
+    beside: float = 0.0
+    widest: float = 0.0
 
     def measured(self, every: int) -> int:
         """How often what is held out is measured."""
         return 1 + math.ceil(self.steps / every)
 
 
-def work_of_examples(tokenizer: Tokenizer, examples: Sequence[Example], held: Sequence[Example] | None, s: SFTSettings) -> Work:
-    """Of ``accord sft``. ``held``: None holds out a tenth.
-
-    Raises:
-        UserError: an example cannot be encoded.
-    """
-    train, out = hold_out(examples, lambda e: e.id, s.examples_per_step, HELD_OUT) if held is None else (list(examples), list(held))
-    rows = [encode_example(tokenizer, example) for example in _some(examples)]
-    rows = [row for row in rows if s.max_tokens is None or len(row.tokens) <= s.max_tokens] or rows
-    row = sum(len(r.tokens) for r in rows) / len(rows)
+def work_of_examples(train: Sequence[Encoding], held: Sequence[Encoding], s: SFTSettings) -> Work:
+    """Of ``accord sft``."""
+    row = _mean(len(r.tokens) for r in train)
     steps = math.ceil(s.epochs * len(train) / s.examples_per_step)
-    return Work(steps, s.examples_per_step * row, row, sum(sum(r.counted) for r in rows) / len(rows), len(out) * row)
+    told, widest = _mean(sum(r.counted) for r in train), max(len(r.tokens) for r in train)
+    return Work(steps, s.examples_per_step * row, row, told, sum(len(r.tokens) for r in held), widest=widest)
 
 
-def work_of_pairs(tokenizer: Tokenizer, groups: Sequence[PairGroup], held: Sequence[PairGroup] | None, s: PreferenceSettings) -> Work:
-    """Of ``accord prefer``. ``held``: None holds out those of a tenth of the prompts.
-
-    Raises:
-        UserError: there is no pair.
-    """
-    groups = with_pairs(groups)
-    train, out = hold_out(groups, lambda g: g.prompt.id, s.prompts_per_step, HELD_OUT) if held is None else (groups, list(held))
-    prompts = answers = rows = 0
-    some = _some(groups)
-    for group in some:
-        prompts += len(tokenizer.encode_prompt(group.prompt.content))
-        answers += sum(len(tokenizer.encode_completion(c.text, c.finished)) for c in group.completions)
-        rows += len(group.completions)
-    each = (prompts + answers) / len(some)  # a prompt is read once for its completions
-    told = answers / rows
-    steps = math.ceil(s.epochs * len(train) / s.prompts_per_step)
-    reference = 0.0 if s.loss in ALONE else (len(train) + len(out)) * each
-    return Work(steps, s.prompts_per_step * each, prompts / len(some) + told, told, len(out) * each, reference)
+def work_of_pairs(train: Sequence[Judged], held: Sequence[Judged], s: PreferenceSettings) -> Work:
+    """Of ``accord prefer``: a prompt is read once for its completions, which are computed together; by kto also with the completions of another
+    prompt, by policy and reference."""
+    tokens = [len(j.prompt) + sum(map(len, j.answers)) for j in (*train, *held)]
+    step = s.prompts_per_step * _mean(tokens[: len(train)])
+    told = _mean(len(answer) for j in train for answer in j.answers)
+    return Work(
+        steps=math.ceil(s.epochs * len(train) / s.prompts_per_step),
+        step=step,
+        row=_mean(len(j.prompt) for j in train) + told,
+        told=told,
+        held=(3 if s.loss == "kto" else 1) * sum(tokens[len(train) :]),
+        reference=0 if s.loss in ALONE else sum(tokens),
+        beside=2 * step if s.loss == "kto" else 0,
+        widest=max(tokens),
+    )
 
 
-def _some(rows: Sequence[Row]) -> Sequence[Row]:
-    return rows[:: max(1, len(rows) // SOME)]
+def _mean(numbers: Iterable[int]) -> float:
+    found = list(numbers)
+    return sum(found) / len(found)
 
 
 def tuning_memory(config: ModelConfig, dtype: torch.dtype, s: LoopSettings, work: Work) -> list[Part]:
@@ -117,7 +107,7 @@ def tuning_memory(config: ModelConfig, dtype: torch.dtype, s: LoopSettings, work
         Part("the model", 0 if kind == "new" else w.total * e, "always", "use --dtype bfloat16, or a smaller model"),
         Part("trained weights and the optimizer's moments", 4 * trained + moments, "always", fewer),
         Part("gradients", 4 * trained, "updating", fewer),
-        Part("what a micro-batch keeps for its backward pass", deep * (fixed + each * min(s.micro_batch_tokens, work.step)), "updating", "lower --micro-batch-tokens"),
+        Part("what a micro-batch keeps for its backward pass", deep * (fixed + each * max(min(s.micro_batch_tokens, work.step), work.widest)), "updating", "lower --micro-batch-tokens"),
         Part("logits", 2 * CHUNK * config.vocab_size * e, "updating", ""),
     ])  # fmt: skip
 
@@ -181,7 +171,7 @@ def _measure(model: Transformer, s: LoopSettings, work: Work) -> TuningPace:
 
 def tuning_seconds(pace: TuningPace, s: LoopSettings, work: Work) -> float:
     """Optimizer steps, what is held out, and the reference."""
-    read = work.measured(s.validate_every) * work.held + work.reference
+    read = work.measured(s.validate_every) * work.held + work.reference + work.steps * work.beside
     return work.steps * (work.step * pace.update + pace.step_fixed) + read * pace.forward
 
 
@@ -196,16 +186,4 @@ def plan_tuning(name: str, config: ModelConfig, s: LoopSettings, work: Work) -> 
     """Of one of the three commands."""
     device = default_device()
     plan = Plan.of_memory(tuning_memory(config, resolve_dtype(s.dtype, device), s, work), device)
-    return replace(plan, stages=[tuning_stage(name, config, s, work)]) if plan.fits else plan
-
-
-def plan_for_sft(model: str, s: SFTSettings, examples: Sequence[Example], held: Sequence[Example] | None) -> Plan | None:
-    """Of ``accord sft``; None for a model that accord does not compute itself."""
-    looked = look(model)
-    return looked and plan_tuning("SFT", looked[0], s, work_of_examples(looked[1], examples, held, s))
-
-
-def plan_for_preference(model: str, s: PreferenceSettings, groups: Sequence[PairGroup], held: Sequence[PairGroup] | None) -> Plan | None:
-    """Of ``accord prefer``; None for a model that accord does not compute itself."""
-    looked = look(model)
-    return looked and plan_tuning(s.loss.upper(), looked[0], s, work_of_pairs(looked[1], groups, held, s))
+    return replace(plan, stages=[tuning_stage(name, config, s, work)], samples=False) if plan.fits else plan

@@ -17,10 +17,11 @@ from accord.nn.budget import TokenBudget
 from accord.nn.loading import Model
 from accord.progress import bar, safe_point, track
 from accord.rollout.engine import encode_named
-from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, from_completions
 from accord.rollout.scoring import score_states, states_of
 from accord.supervised.lengths import fitting
+from accord.supervised.reading import Reader
+from accord.text.tokenizer import Tokenizer
 
 
 def sequence_logprobs(model: Model, rollout: Rollout) -> Tensor:
@@ -53,18 +54,6 @@ class Judged:
         return [value / most if most else 0.0 for value in net]
 
 
-def with_pairs(groups: Sequence[PairGroup], what: str = "pairs") -> list[PairGroup]:
-    """Those that have a pair.
-
-    Raises:
-        UserError: none has.
-    """
-    found = [group for group in groups if group.pairs]
-    if not found:
-        raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
-    return found
-
-
 class Comparisons:
     """Prompts with compared completions, in a policy's tokens.
 
@@ -76,21 +65,22 @@ class Comparisons:
         UserError: one does not fit the model, or none is left.
     """
 
-    def __init__(self, policy: Policy, groups: Sequence[PairGroup], max_tokens: int | None, what: str = "pairs") -> None:
-        told = with_pairs(groups, what)
-        found = [judge(policy, group) for group in track(told, f"Encoding {what}", len(told))]
+    def __init__(self, reader: Reader, groups: Sequence[PairGroup], max_tokens: int | None, what: str = "pairs") -> None:
+        found = [judge(reader.tokenizer, group) for group in track(groups, f"Encoding {what}", len(groups)) if group.pairs]
+        if not found:
+            raise UserError(f"The {what} say of no two completions which is preferred (ties teach nothing here); give some that do.")
         named = f"prompts of the {what}, each with its longest completion,"
-        found = fitting(found, lambda one: one.longest, lambda one: one.group.prompt.id, max_tokens, policy.context, named)
-        self._set(found, policy)
+        found = fitting(found, lambda one: one.longest, lambda one: one.group.prompt.id, max_tokens, reader.context, named)
+        self._set(found, reader)
 
-    def _set(self, judged: Sequence[Judged], policy: Policy) -> None:
-        self.judged, self._policy = list(judged), policy
+    def _set(self, judged: Sequence[Judged], reader: Reader) -> None:
+        self.judged, self._reader = list(judged), reader
         self.digest = hashlib.sha256(json.dumps([[j.prompt, j.answers, j.group.pairs, j.group.weight] for j in judged]).encode()).hexdigest()[:16]  # fmt: skip
 
     def only(self, judged: Sequence[Judged]) -> Comparisons:
         """The same policy's, of these prompts."""
         some = Comparisons.__new__(Comparisons)
-        some._set(judged, self._policy)
+        some._set(judged, self._reader)
         return some
 
     def __len__(self) -> int:
@@ -116,10 +106,10 @@ class Comparisons:
         numbers = list(numbers)
         for i, other in zip(numbers, numbers if answers_of is None else answers_of, strict=True):
             prompt, theirs = self.judged[i].prompt, self.judged[other]
-            room = self._policy.context - len(prompt)
+            room = self._reader.context - len(prompt)
             encoded += [(prompt, answer[:room]) for answer in theirs.answers]
             completions += theirs.group.completions
-        return from_completions(encoded, completions, self._policy.tokenizer.pad_id).to(self._policy.device)
+        return from_completions(encoded, completions, self._reader.tokenizer.pad_id).to(self._reader.device)
 
     @torch.no_grad()
     def logprobs(self, model: Model, budget: TokenBudget, what: str) -> list[Tensor]:
@@ -139,13 +129,13 @@ class Comparisons:
         return out
 
 
-def judge(policy: Policy, group: PairGroup) -> Judged:
-    """A group in a policy's tokens.
+def judge(tokenizer: Tokenizer, group: PairGroup) -> Judged:
+    """A group in tokens.
 
     Raises:
         UserError: a completion is empty, or the prompt cannot be encoded.
     """
-    answers = [list(c.tokens) or policy.tokenizer.encode_completion(c.text, c.finished) for c in group.completions]
+    answers = [list(c.tokens) or tokenizer.encode_completion(c.text, c.finished) for c in group.completions]
     if [] in answers:
         raise UserError(f"Prompt '{group.prompt.id}', completion {answers.index([])} is empty; there is nothing to prefer.")
-    return Judged(group, encode_named(policy.tokenizer, group.prompt), answers)
+    return Judged(group, encode_named(tokenizer, group.prompt), answers)

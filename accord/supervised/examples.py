@@ -11,9 +11,9 @@ from typing import NamedTuple
 from accord.data.records import Example, Prompt
 from accord.errors import UserError
 from accord.progress import track
-from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout, Row, from_rows
 from accord.supervised.lengths import fitting
+from accord.supervised.reading import Reader
 from accord.text.chats import Part, encode_chat
 from accord.text.tokenizer import Tokenizer
 
@@ -63,13 +63,13 @@ class Encoded:
         UserError: one does not fit the model, or none is left.
     """
 
-    def __init__(self, policy: Policy, examples: Sequence[Example], max_tokens: int | None, what: str = "examples") -> None:
-        rows = [encode_example(policy.tokenizer, example) for example in track(examples, f"Encoding {what}", len(examples))]
-        rows = fitting(rows, lambda row: len(row.tokens), lambda row: row.id, max_tokens, policy.context, what)
-        self._set(rows, policy)
+    def __init__(self, reader: Reader, examples: Sequence[Example], max_tokens: int | None, what: str = "examples") -> None:
+        rows = [encode_example(reader.tokenizer, example) for example in track(examples, f"Encoding {what}", len(examples))]
+        rows = fitting(rows, lambda row: len(row.tokens), lambda row: row.id, max_tokens, reader.context, what)
+        self._set(rows, reader)
 
-    def _set(self, rows: list[Encoding], policy: Policy) -> None:
-        self.rows, self._policy = rows, policy
+    def _set(self, rows: list[Encoding], reader: Reader) -> None:
+        self.rows, self._reader = rows, reader
         found = hashlib.sha256()
         for row in rows:
             found.update(len(row.tokens).to_bytes(8, "little") + row.tokens.tobytes() + row.counted)
@@ -78,7 +78,7 @@ class Encoded:
     def only(self, rows: list[Encoding]) -> Encoded:
         """The same policy's, of these rows."""
         some = Encoded.__new__(Encoded)
-        some._set(rows, self._policy)
+        some._set(rows, self._reader)
         return some
 
     def __len__(self) -> int:
@@ -97,5 +97,5 @@ class Encoded:
             row.extend(list(given.tokens), False)
             row.chosen = [bool(counts) for counts in given.counted]
             rows.append(row)
-        pad, device = self._policy.tokenizer.pad_id, self._policy.device
+        pad, device = self._reader.tokenizer.pad_id, self._reader.device
         return replace(from_rows(rows, [True] * len(rows), [""] * len(rows), pad, device, sampled=False), step_rewards=None)
