@@ -23,16 +23,18 @@ from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
 from accord.feedback.panel import simulated_panel
 from accord.nn import scratch
-from accord.nn.loading import resolve_dtype
+from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.transformer import Transformer
 from accord.nn.weights import sampled_fingerprint
+from accord.planning.models import look
 from accord.planning.plan import Plan
 from accord.planning.reinforcement import plan_for_rl
+from accord.planning.reward import Ranked, plan_reward
 from accord.progress import bar, console, safe_point
 from accord.reward.model import RewardModel
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, RewardModelSource, build_reward
-from accord.reward.training import RewardReport, train_reward_model
+from accord.reward.training import RewardReport, train_reward_model, usable
 from accord.rl.algorithms import check_model
 from accord.rl.trainer import Outcome, check_offline, check_start, train
 from accord.rollout.engine import Engine
@@ -43,6 +45,7 @@ from accord.rollout.policy import Policy
 from accord.rollout.rollout import Rollout
 from accord.rollout.sampling import Sampling
 from accord.runs import Run, refuse_existing
+from accord.supervised.reading import Unread
 
 CHUNK = 64
 """Prompts sampled and written together; the unit in which sampling is resumed."""
@@ -160,9 +163,30 @@ def train_reward(
         raise UserError("Labelers' weights weigh rankings; pairs have no labelers any more.")
     else:
         groups = list(pairs)
-    held = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"]
-    kept = [g for g in groups if split_of(g.prompt.id, 0.0, heldout) != "heldout"]
+    kept, held = without(groups, heldout)
     return train_reward_model(policy, kept, held, s) if out is None else save_reward(out, policy, kept, held, s)
+
+
+def without(groups: Sequence[PairGroup], heldout: float) -> tuple[list[PairGroup], list[PairGroup]]:
+    """Those to train on, and the share, by prompts' ids, that is held out."""
+    out = {g.prompt.id for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"}
+    return [g for g in groups if g.prompt.id not in out], [g for g in groups if g.prompt.id in out]
+
+
+def plan_reward_run(model: str, groups: Sequence[PairGroup], heldout: float, settings: RewardSettings) -> Plan:
+    """Of ``accord reward``.
+
+    Raises:
+        UserError: there are too few pairs, a prompt or completion that the model cannot read, or a model that accord does not compute itself.
+    """
+    looked = look(model)
+    if looked is None:
+        raise UserError(f"A reward model needs an architecture accord computes; that of {model} is not one.")
+    config, tokenizer = looked
+    device = default_device()
+    reader = Unread(tokenizer, config.max_position_embeddings, device)
+    ranked = Ranked.of(reader, *usable(*without(groups, heldout), settings))
+    return plan_reward(config, resolve_dtype("auto", device), settings, ranked)
 
 
 def save_reward(

@@ -245,8 +245,8 @@ def announce_run(recipe: Recipe) -> None:
         UserError: more memory than there is, or something that the recipe names is not there.
     """
     announce(recipe.rl, plan_recipe(recipe, recipe_prompts(recipe)))
-    if recipe.constitution and (recipe.constitution.writer or recipe.constitution.judge != RULES):
-        console.print("[dim]Not counted: another model as writer or judge, and services.[/]", soft_wrap=True)
+    if recipe.constitution and (recipe.constitution.writer or recipe.constitution.judge != RULES or recipe.constitution.helpful_pairs):
+        console.print("[dim]Not counted: another model as writer or judge, services, and people's pairs.[/]", soft_wrap=True)
 
 
 def recipe_prompts(recipe: Recipe) -> list[Prompt]:

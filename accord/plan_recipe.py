@@ -21,9 +21,11 @@ from accord.nn.transformer import ModelConfig
 from accord.planning.models import lengths_of, look
 from accord.planning.plan import Plan, Stage
 from accord.planning.reinforcement import Pace, distinct_tokens, measure_pace, plan_rl, rl_seconds, sampling_memory, sampling_seconds
+from accord.planning.reward import Ranked, plan_reward, reward_stage
 from accord.planning.supervised import Work, plan_tuning, work_of_examples
 from accord.pretraining.language import new_config
 from accord.pretraining.tokens import MEASURED, TOGETHER
+from accord.reward.model import check_top_layers
 from accord.stories.stories import stories
 from accord.supervised.examples import encode_example
 from accord.supervised.settings import HELD_OUT, LoopSettings, SFTSettings
@@ -87,38 +89,43 @@ def plan_recipe(recipe: Recipe, prompts: Sequence[Prompt]) -> Plan | None:
             f"The longest prompt has {max(everything)} tokens, and with an answer of max_new_tokens (sample, rl, evaluation) {longest}; the model's context is "
             f"{config.max_position_embeddings}. Shorten the prompts, lower max_new_tokens{', or raise base.pretrain.context' if recipe.base else ''}."
         )
+    check_top_layers(recipe.reward.top_layers, config.num_hidden_layers)
     last = plan_rl(config, rl, everything, layers, timed=False)
     plans = [replace(plan_tuning(t.stage, config, t.settings, t.work), of=t.stage) for t in early.trained]
     device, prompt = default_device(), max(round(sum(everything) / len(everything)), 1)
+    dtype = resolve_dtype(rl.dtype, device)
+    ranked = Ranked.like(splits["train"], splits["validation"], recipe.sample.per_prompt, recipe.sample.max_new_tokens)
+    plans.append(replace(plan_reward(config, dtype, recipe.reward, ranked, timed=False), of="reward model"))
     if early.slots:
-        writing = Plan.of_memory(sampling_memory(config, resolve_dtype(rl.dtype, device), early.slots), device)
+        writing = Plan.of_memory(sampling_memory(config, dtype, early.slots), device)
         plans.append(replace(writing, of="revisions"))
-    most = max([replace(last, of=rl.algorithm if plans else ""), *plans], key=lambda plan: plan.memory)
+    most = max([replace(last, of=rl.algorithm), *plans], key=lambda plan: plan.memory)
     if not most.fits:
         return replace(most, stages=[])
-    pace = measure_pace(config, resolve_dtype(rl.dtype, device), device, rl, prompt, layers)
+    pace, reward = measure_pace(config, dtype, device, rl, prompt, layers), reward_stage(config, dtype, device, recipe.reward, ranked)
     took = {name: Stage(name, 0, 0.0) for name in (*(s.stage for s in early.sampled), *(t.stage for t in early.trained))}
     for s in early.sampled:
         took[s.stage] = _plus(took[s.stage], s.count * s.new, sampling_seconds(pace, s.count, 1, s.prompt, s.new, rl.rows))
     for stage in (stage for plan in plans for stage in plan.stages):
         took[stage.name] = _plus(took[stage.name], stage.tokens, stage.seconds)
-    return replace(most, samples=True, stages=[*took.values(), *later(recipe, {name: len(n) for name, n in splits.items()}, prompt, pace)])
+    return replace(
+        most, samples=True, stages=[*took.values(), *later(recipe, {name: len(n) for name, n in splits.items()}, prompt, pace, reward)]
+    )
 
 
 def _plus(stage: Stage, tokens: int, seconds: float) -> Stage:
     return Stage(stage.name, stage.tokens + tokens, stage.seconds + seconds)
 
 
-def later(recipe: Recipe, counts: dict[str, int], prompt: int, pace: Pace) -> list[Stage]:
+def later(recipe: Recipe, counts: dict[str, int], prompt: int, pace: Pace, reward: Stage) -> list[Stage]:
     """From completions to the evaluation. ``counts``: prompts of each split; ``prompt``: tokens of one."""
-    s, rl, r, e = recipe.sample, recipe.rl, recipe.reward, recipe.evaluation
+    s, rl, e = recipe.sample, recipe.rl, recipe.evaluation
     ranked, held = counts["train"] + counts["validation"], counts["heldout"]
-    seen = distinct_tokens(ranked, s.per_prompt, prompt, s.max_new_tokens)
     judged = distinct_tokens(held, e.per_prompt, prompt, e.max_new_tokens)
     sides = 3 if recipe.constitution else 2
     return [
         Stage("completions", ranked * s.per_prompt * s.max_new_tokens, sampling_seconds(pace, ranked, s.per_prompt, prompt, s.max_new_tokens, s.rows)),
-        Stage("reward model", seen * r.epochs, seen * (pace.trunk + pace.reward_step * (r.epochs + 0.3 * (1 + r.probe)))),
+        reward,
         Stage(f"{rl.max_steps} steps of {rl.algorithm}", rl.max_steps * rl.prompts_per_step * rl.completions_per_prompt * rl.max_new_tokens, rl_seconds(pace, rl, prompt)),
         Stage("evaluation", sides * held * e.per_prompt * e.max_new_tokens, sides * sampling_seconds(pace, held, e.per_prompt, prompt, e.max_new_tokens, e.rows) + 6 * judged * pace.forward),
     ]  # fmt: skip

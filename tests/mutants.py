@@ -204,9 +204,10 @@ MUTANTS = [
     ("constitution/revising", "request(drawn[i][k].revision)", "request(drawn[i][0].revision)", "every revision is by the first principle", "test_constitution.py", "chains_are"),
     ("constitution/revising", "(*texts[k])", "(*texts[-1])", "after each revision the score of the last", "test_constitution.py", "chains_are"),
     ("constitution/revising", "and not declines(chain.last)", "and not declines(chain.first)", "whether the first answer declines decides what is kept", "test_constitution_recipe.py", "directly"),
-    ("constitution/rules", "not refuses and (", "(", "an answer that declines may be harmful", "test_constitution_recipe.py", "points_by_hand or three_models"),
+    ("constitution/rules", "(not refuses and j.", "(j.", "an answer that declines may be harmful", "test_constitution_recipe.py", "points_by_hand or three_models"),
     ("constitution/rules", "(1 - 0.75 * found[\"refuses\"])", "1", "declining an ordinary request costs nothing", "test_constitution_recipe.py", "points_by_hand"),
     ("constitution/rules", "given[a] - given[b]", "given[b] - given[a]", "the rules prefer what is worse", "test_constitution_recipe.py", "points_by_hand"),
+    ("constitution/rules", " and not _TO_APOLOGIZE.search(prompt)", "", "an apology that was asked for is no answer", "test_constitution_recipe.py", "evades"),
     ("constitution/judging", "return abs((self.probability", "return ((self.probability", "people get what the judge is sure is worse", "test_constitution_recipe.py", "people_get"),
     ("constitution/routing", "== (c.value < 0)", "== (c.value > 0)", "agreement with people the wrong way round", "test_constitution_recipe.py", "people_get"),
     ("constitution/redteam", ".sample(ways, variants)", ".sample(ways[:variants], variants)", "every wish is asked in the same ways", "test_constitution_recipe.py", "nothing_away"),
@@ -214,6 +215,7 @@ MUTANTS = [
     ("constitution/stages", "if g.prompt.id not in theirs]", "]", "the judge's pairs stay where people ranked", "test_constitution_recipe.py", "what_is_known"),
     ("planning/supervised", "read = work.measured(s.validate_every) * work.held", "read = work.held", "what is held out is planned to be read once", "test_plan.py", "tuning_time"),
     ("planning/supervised", "else sum(tokens),", "else sum(tokens[: len(train)]),", "a reference is planned not to read what is held out", "test_plan.py", "prefer_reads"),
+    ("planning/reward", "return everything * (pace.trunk", "return ranked.train * (pace.trunk", "what is held out is planned to be read by no trunk", "test_plan.py", "reward_time"),
     ("planning/models", "x + (y - x) * share", "x + y * share", "a deep model's pace is not on the line through two", "test_plan.py", "deeper_model"),
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from accord.config import Base, Principled
 from accord.data.records import Completion, Example, Pair, PairGroup, Prompt
 from accord.disk import write_lines
 from accord.errors import UserError
+from accord.nn.budget import TokenBudget
 from accord.nn.transformer import ModelConfig
 from accord.plan_recipe import answers, made, revised
 from accord.planning import models
@@ -20,11 +21,15 @@ from accord.planning import plan as planning
 from accord.planning.models import along, kept_by_a_layer, random_model
 from accord.planning.plan import Part, Plan, Stage
 from accord.planning.reinforcement import Pace, plan_rl, rl_memory, rl_seconds, sampling_seconds
+from accord.planning.reward import Ranked, RewardPace, plan_reward, reward_memory, reward_seconds
 from accord.planning.supervised import TuningPace, Work, tuning_memory, tuning_seconds, work_of_examples, work_of_pairs
 from accord.pretraining.language import Language
 from accord.pretraining.settings import PretrainSettings
 from accord.pretraining.tokens import Tokens
+from accord.reward.model import RewardModel
+from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward
+from accord.reward.training import Encoded
 from accord.rl.settings import RLSettings
 from accord.rl.trainer import State
 from accord.rollout.policy import Policy
@@ -96,7 +101,7 @@ def test_a_plan_adds_up_and_refuses_what_cannot_fit():
 
 
 def test_time_by_hand():
-    pace = Pace(decoding_step=0.1, prefill=0.001, trunk=0, forward=0, scoring=0.01, update=0.02, step_fixed=0.5, reward_step=0)
+    pace = Pace(decoding_step=0.1, prefill=0.001, trunk=0, forward=0, scoring=0.01, update=0.02, step_fixed=0.5)
     s = RLSettings(**SETTINGS, rows=4, epochs=3, validate_every=5, validation_prompts=8)
     assert sampling_seconds(pace, 4, 2, 12, 8, 4) == pytest.approx(4 * 12 * 0.001 + 2 * 8 * 0.1)  # two waves of four rows
     assert sampling_seconds(pace, 1, 2, 12, 8, 4) == pytest.approx(12 * 0.001 + 8 * 0.1)  # less than a wave takes as long as one
@@ -106,9 +111,9 @@ def test_time_by_hand():
 
 def test_fewer_layers_measure_a_deeper_model():
     """The pace is a line through two depths."""
-    two, four = (Pace(*(a + b * depth for a, b in zip(range(8), range(1, 9), strict=True))) for depth in (2, 4))
+    two, four = (Pace(*(a + b * depth for a, b in zip(range(7), range(1, 8), strict=True))) for depth in (2, 4))
     deep = along(two, four, (30 - 2) / (4 - 2))
-    assert vars(deep) == pytest.approx({name: a + b * 30 for name, a, b in zip(vars(two), range(8), range(1, 9), strict=True)})
+    assert vars(deep) == pytest.approx({name: a + b * 30 for name, a, b in zip(vars(two), range(7), range(1, 8), strict=True)})
 
 
 def test_measured_on_the_runs_own_code():
@@ -285,3 +290,80 @@ def test_a_writer_without_a_template(tmp_path):
     early = revised(Principled(), config, tokenizer, prompts)
     assert early.sampled[1].prompt > 500 and early.slots > 0
     assert not revised(Principled(writer="https://host/v1", writer_model="x"), config, tokenizer, prompts).sampled
+
+
+# A reward model.
+
+
+def ranked_group(i: int, texts: tuple[str, ...]) -> PairGroup:
+    prompt = Prompt(f"p{i}", f"say {i}")
+    return PairGroup(prompt, tuple(Completion(prompt, text, True, k) for k, text in enumerate(texts)), (Pair(1, 0),))
+
+
+def test_what_a_reward_model_reads_is_what_it_then_keeps(tiny):
+    """Against the rows themselves, whose prompts are all of one length here."""
+    train, held = [ranked_group(i, ("ab", "abcd", "a")) for i in range(4)], [ranked_group(i, ("abcdefg", "b", "cd")) for i in (5, 6)]
+    ranked = Ranked.of(tiny, train, held)
+    reward = RewardModel.on(tiny, 2)
+    kept, measured = (Encoded.of(reward, groups, "x", TokenBudget(4096), "") for groups in (train, held))
+    assert ranked.slots == kept.rows.tokens.numel() + measured.rows.tokens.numel()
+    prompt = int((kept.rows.lengths - kept.rows.response_lengths)[0])
+    assert (ranked.train, ranked.held) == (4 * (prompt + 3 + 5 + 2), 2 * (prompt + 8 + 2 + 3))  # letters, and an end
+    assert ranked.row == pytest.approx(float((kept.rows.lengths.sum() + measured.rows.lengths.sum()) / 18))
+    assert (ranked.prompts, ranked.each, ranked.widest) == (4, 3, 3 * (prompt + 8))
+    long = PairGroup(
+        p := Prompt("long", "say 1 and 2"), tuple(Completion(p, text, True, k) for k, text in enumerate(("abcd", "dcba"))), (Pair(0, 1),)
+    )
+    same = Ranked.of(tiny, [long, *(ranked_group(i, ("abcd", "dcba")) for i in range(4))], [ranked_group(5, ("abcd", "dcba"))])
+    more = prompt + len("say 1 and 2") - len("say 1")
+    assert same == Ranked.like([more, *[prompt] * 4], [prompt], 2, 5)
+    assert same.slots == 5 * 2 * (more + 5) + 2 * (prompt + 5)
+
+
+def test_reward_parts_by_hand():
+    ranked, s = Ranked(40, 2000.0, 500.0, 3000, 20.0, 4.0, 96), RewardSettings(top_layers=2)
+    got = {p.name: p.bytes for p in reward_memory(CONFIG, torch.float32, s, ranked)}
+    fit = RewardModel.on(models.stand_in(random_model(CONFIG, 4, torch.float32)), 2)
+    trained = sum(p.numel() for p in fit.scalar.trainable().values())
+    assert trained == 2 * LAYER + 2 * 32 + 1
+    assert got["trained layers and Adam's moments"] == 12 * trained and got["gradients"] == 4 * trained
+    assert got["the trunk's activations of every completion"] == 3000 * 32 * 4
+    fixed, each = kept_by_a_layer(CONFIG, torch.float32, 20)
+    kept = lambda **changes: {p.name: p.bytes for p in reward_memory(CONFIG, torch.float32, s.model_copy(update=changes), ranked)}[
+        "what a micro-batch keeps for its backward pass"
+    ]
+    assert kept() == pytest.approx(2 * (fixed + each * 8 * 4 * 20))  # a step is less than a micro-batch
+    assert kept(micro_batch_tokens=200) == pytest.approx(2 * (fixed + each * 200))
+    probe = {p.name: p.bytes for p in reward_memory(CONFIG, torch.float32, s.model_copy(update={"epochs": 0}), ranked)}
+    assert probe["trained layers and Adam's moments"] == 4 * trained and "gradients" not in probe
+    assert kept(micro_batch_tokens=50) == pytest.approx(2 * (fixed + each * 96))  # a prompt's completions stay together
+
+
+def test_reward_time_by_hand():
+    ranked, pace = Ranked(20, 2000.0, 500.0, 3000, 20.0, 4.0, 96), RewardPace(0.001, 0.002, 0.01, 0.5)
+    time = lambda **changes: reward_seconds(pace, RewardSettings(**changes), ranked)
+    assert time(epochs=2) == pytest.approx(2500 * 0.001 + 2 * 2500 * 0.002 + 2 * 2000 * 0.01 + 2 * 3 * 0.5)  # three steps of eight prompts
+    assert time(epochs=0) == pytest.approx(2500 * 0.001 + 2 * 2500 * 0.002)
+    assert time(probe=False) == pytest.approx(2500 * 0.001 + 2500 * 0.002 + 2000 * 0.01 + 3 * 0.5)
+
+
+def test_accord_reward_is_planned(home, capsys, monkeypatch):
+    write_lines(home / "p.jsonl", ({"id": f"p{i}", "prompt": f"say {i}", "chosen": "abc", "rejected": "d"} for i in range(40)))
+    words = "reward --model model --pairs p.jsonl --top-layers 1".split()
+    monkeypatch.setattr(planning, "available_memory", lambda device: -planning.resident_memory())
+    assert main([*words, "--out", "r"]) == 2 and "so it is not started" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert main([*words, "--out", "r"]) == 0 and " reward model: " in capsys.readouterr().out
+    write_lines(home / "p.jsonl", ({"id": f"p{i}", "prompt": f"say {i}", "chosen": "abc" * 300, "rejected": "d"} for i in range(40)))
+    assert main([*words, "--out", "s"]) == 2
+    told = capsys.readouterr()
+    assert "exceeds the model's context" in told.err and "Memory" not in told.out
+
+
+def test_a_reward_models_pace_is_measured():
+    ranked = Ranked.like([12] * 10, [12] * 3, 4, 8)
+    plan = plan_reward(CONFIG, torch.float32, RewardSettings(top_layers=2, epochs=2), ranked)
+    assert plan.stages[0].tokens == 2 * 10 * (12 + 4 * 8) and 0 < plan.seconds < 600
+    with pytest.raises(UserError, match="this model has 4 layers"):
+        plan_reward(CONFIG, torch.float32, RewardSettings(top_layers=5), ranked)

@@ -236,11 +236,12 @@ def after_tuning(folder: Path, command: str, tuned: Tuned) -> None:
 
 
 def do_reward(arguments: argparse.Namespace) -> None:
-    from accord.api import load, refuse_reward, train_reward
+    from accord.api import announce, load, plan_reward_run, refuse_reward, train_reward
 
     values = settings(arguments, RewardSettings)
     refuse_reward(arguments.out)
     groups = preferences(arguments).groups(values["fail_weight"])
+    announce(None, plan_reward_run(arguments.model, groups, arguments.heldout, RewardSettings(**values)))
     _, report = train_reward(load(arguments.model), groups, heldout=arguments.heldout, out=arguments.out, **values)
     console.print(
         f"Held-out accuracy {report.accuracy} on {several(report.heldout_pairs, 'pair')}; calibration error {report.calibration_error:.3f}.",

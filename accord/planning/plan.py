@@ -141,8 +141,8 @@ def bytes_of(parts: Sequence[Part], when: str) -> float:
     return sum(p.bytes for p in parts if p.when == when)
 
 
-def with_freed(parts: list[Part]) -> list[Part]:
-    """And what is freed meanwhile, but kept for reuse."""
+def with_freed(parts: list[Part], fixed: float = KEPT) -> list[Part]:
+    """And what is freed meanwhile, but kept for reuse. ``fixed``: bytes of it whatever is in use."""
     if not keeps() or default_device().type != "cpu":
         return parts
-    return [*parts, Part("freed memory that is kept for reuse", KEPT + KEPT_SHARE * peak_of(parts), "always", "")]
+    return [*parts, Part("freed memory that is kept for reuse", fixed + KEPT_SHARE * peak_of(parts), "always", "")]

@@ -14,7 +14,7 @@ from accord.nn.logprobs import CHUNK
 from accord.nn.transformer import ModelConfig, Transformer
 from accord.planning.models import Weights, at_depth, kept_by_a_layer, least, lengths_of, look, matrices, rollout_of, stand_in
 from accord.planning.plan import ADAM, Part, Plan, Stage, resident_memory, with_freed
-from accord.reward.model import RewardModel, ScalarModel, read_about
+from accord.reward.model import RewardModel, read_about
 from accord.reward.sources import Reward, RewardModelSource
 from accord.rl.experience import score_rollout
 from accord.rl.registry import ALGORITHMS
@@ -82,7 +82,6 @@ class Pace:
     scoring: float
     update: float
     step_fixed: float
-    reward_step: float
 
 
 def measure_pace(config: ModelConfig, dtype: torch.dtype, device: torch.device, s: RLSettings, prompt: int, reward_layers: int) -> Pace:
@@ -126,8 +125,7 @@ def _measure(model: Transformer, s: RLSettings, prompt: int, reward_layers: int)
     one = e.select(torch.tensor([0]))
     whole, single = least(lambda: update(e)), least(lambda: update(one))
     each = max(whole - single, 1e-6) / max(tokens - width, 1) if count > 1 else whole / tokens
-    learn = least(lambda: _reward_step(start, ready, reward_layers)) if reward_layers else 0.0
-    return Pace(step, max(few - 2 * step, 1e-6) / (rows * prompt), trunk / tokens, forward / tokens, scoring / tokens, each, max(single - each * width, 0.0), learn / tokens)  # fmt: skip
+    return Pace(step, max(few - 2 * step, 1e-6) / (rows * prompt), trunk / tokens, forward / tokens, scoring / tokens, each, max(single - each * width, 0.0))  # fmt: skip
 
 
 def _with_trunk(policy: Policy, rollout: Rollout) -> Rollout:
@@ -135,12 +133,6 @@ def _with_trunk(policy: Policy, rollout: Rollout) -> Rollout:
     assert isinstance(start, Transformer)
     with torch.no_grad():
         return replace(rollout, trunk=trunk_of(start, rollout, policy.trunk_layers), trunk_cut=policy.trunk_layers)
-
-
-def _reward_step(start: Policy, rollout: Rollout, layers: int) -> None:
-    assert isinstance(start.model, Transformer)
-    scalar = ScalarModel(start.model, start.model.depth - layers)
-    scalar(rollout, rollout.at_last).sum().backward()
 
 
 def rl_seconds(pace: Pace, s: RLSettings, prompt: int, steps: int | None = None) -> float:

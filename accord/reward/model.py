@@ -20,7 +20,7 @@ from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model
 from accord.nn.transformer import Transformer
 from accord.nn.weights import fingerprint, merged_state, read_tensors, save_folder
-from accord.rollout.engine import encode_checked
+from accord.rollout.engine import Reader, encode_checked
 from accord.rollout.policy import Policy, share_layers
 from accord.rollout.rollout import Rollout, from_completions
 from accord.rollout.scoring import final_states
@@ -91,20 +91,13 @@ class RewardModel:
         policy = policy.frozen()
         if isinstance(policy.model, ForeignModel):
             raise UserError(f"A reward model needs an architecture accord computes; '{policy.raw.get('model_type')}' is not one.")
-        depth = policy.model.depth
-        if not 1 <= top_layers <= depth:
-            raise UserError(f"top_layers is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
-        scalar = ScalarModel(policy.model, depth - top_layers, seed)
+        check_top_layers(top_layers, policy.model.depth)
+        scalar = ScalarModel(policy.model, policy.model.depth - top_layers, seed)
         return cls(scalar, policy.tokenizer, policy.raw, policy.context, 0.0, 1.0)
 
     def encode(self, completions: Sequence[Completion]) -> Rollout:
         """Rows of prompt and completion, as the policy's own rollouts are laid out."""
-        encoded = []
-        for c in completions:
-            answer = list(c.tokens) or self.tokenizer.encode_completion(c.text, c.finished)
-            if not answer:
-                raise UserError(f"Prompt '{c.prompt.id}', completion {c.index} is empty; there is nothing to score.")
-            encoded.append((encode_checked(self, c.prompt, len(answer)), answer))
+        encoded = encode_completions(self, completions)
         return from_completions(encoded, list(completions), self.tokenizer.pad_id).to(self.scalar.model.device)
 
     def raw_scores(self, rollout: Rollout) -> Tensor:
@@ -240,6 +233,30 @@ class RewardModel:
     def network(self) -> Transformer:
         assert isinstance(self.scalar.model, Transformer)
         return self.scalar.model
+
+
+def check_top_layers(top_layers: int, depth: int) -> None:
+    """
+    Raises:
+        UserError: the model has not so many layers.
+    """
+    if not 1 <= top_layers <= depth:
+        raise UserError(f"top_layers is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
+
+
+def encode_completions(reader: Reader, completions: Sequence[Completion]) -> list[tuple[list[int], list[int]]]:
+    """Ids of each prompt, and of its completion.
+
+    Raises:
+        UserError: a prompt has no tokens or does not leave room for its completion, or a completion is empty.
+    """
+    encoded = []
+    for c in completions:
+        answer = list(c.tokens) or reader.tokenizer.encode_completion(c.text, c.finished)
+        if not answer:
+            raise UserError(f"Prompt '{c.prompt.id}', completion {c.index} is empty; there is nothing to score.")
+        encoded.append((encode_checked(reader, c.prompt, len(answer)), answer))
+    return encoded
 
 
 def _padded_apart(tokenizer: Tokenizer) -> Tokenizer:

@@ -92,11 +92,7 @@ def train_reward_model(
     Raises:
         UserError: there are no pairs, a gradient is not finite, or the checkpoints are of another training.
     """
-    train, heldout = ([g for g in groups if g.pairs or (g.ties and settings.ties != "drop")] for groups in (train, heldout))
-    if not settings.epochs and not settings.probe:
-        raise UserError("Reward training of 0 epochs without a probe would train nothing; set epochs to 1, or probe to true.")
-    if not any(g.pairs for g in train) or not any(g.pairs for g in heldout):
-        raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
+    train, heldout = usable(train, heldout, settings)
     fit = Fit(RewardModel.on(policy, settings.top_layers, settings.seed), train, settings)
     about = {
         "settings": settings.model_dump(exclude={"micro_batch_tokens"}),
@@ -111,6 +107,20 @@ def train_reward_model(
         Encoded.of(fit.reward, groups, label, fit.budget, told) for groups, label in ((train, "Trunk"), (heldout, "Trunk held-out"))
     )
     return fit.reward, fit.run(fitted, measured, checkpoints, about)
+
+
+def usable(train: Sequence[PairGroup], heldout: Sequence[PairGroup], settings: RewardSettings) -> tuple[list[PairGroup], list[PairGroup]]:
+    """Those that say something.
+
+    Raises:
+        UserError: there are no pairs to train on or to hold out, or the settings train nothing.
+    """
+    train, heldout = ([g for g in groups if g.pairs or (g.ties and settings.ties != "drop")] for groups in (train, heldout))
+    if not settings.epochs and not settings.probe:
+        raise UserError("Reward training of 0 epochs without a probe would train nothing; set epochs to 1, or probe to true.")
+    if not any(g.pairs for g in train) or not any(g.pairs for g in heldout):
+        raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
+    return train, heldout
 
 
 def digest(groups: Sequence[PairGroup]) -> str:
