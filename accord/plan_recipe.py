@@ -89,7 +89,7 @@ def plan_recipe(recipe: Recipe, prompts: Sequence[Prompt]) -> Plan | None:
             f"The longest prompt has {max(everything)} tokens, and with an answer of max_new_tokens (sample, rl, evaluation) {longest}; the model's context is "
             f"{config.max_position_embeddings}. Shorten the prompts, lower max_new_tokens{', or raise base.pretrain.context' if recipe.base else ''}."
         )
-    check_top_layers(recipe.reward.top_layers, config.num_hidden_layers)
+    check_top_layers(recipe.reward.top_layers, config.num_hidden_layers, "reward.top_layers")
     last = plan_rl(config, rl, everything, layers, timed=False)
     plans = [replace(plan_tuning(t.stage, config, t.settings, t.work), of=t.stage) for t in early.trained]
     device, prompt = default_device(), max(round(sum(everything) / len(everything)), 1)

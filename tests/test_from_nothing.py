@@ -24,6 +24,7 @@ prompts: stories
 sample: {per_prompt: 2, max_new_tokens: 16}
 feedback: {panel: stories}
 evaluation: {criterion: stories}
+reward: {top_layers: 3}
 gates: {entropy_ratio: 100, parses: 0, follows: 0}
 """
 

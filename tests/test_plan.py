@@ -280,6 +280,11 @@ def test_what_cannot_be_is_told_before_anything_is_measured(home, capsys):
     }
     (home / "r.yaml").write_text(json.dumps(recipe | {"feedback": {"panel": "stories"}, "evaluation": {"criterion": "stories"}}))
     assert main(["plan", "r.yaml"]) == 2 and "raise base.pretrain.context" in " ".join(capsys.readouterr().err.split())
+    recipe["base"]["pretrain"]["context"] = 128
+    (home / "r.yaml").write_text(json.dumps(recipe | {"feedback": {"panel": "stories"}, "evaluation": {"criterion": "stories"}}))
+    assert main(["plan", "r.yaml"]) == 2
+    told = capsys.readouterr()
+    assert "reward.top_layers is 6; this model has 4 layers" in told.err and "Measuring" not in told.out
 
 
 def test_a_writer_without_a_template(tmp_path):

@@ -235,13 +235,14 @@ class RewardModel:
         return self.scalar.model
 
 
-def check_top_layers(top_layers: int, depth: int) -> None:
-    """
+def check_top_layers(top_layers: int, depth: int, name: str = "top_layers") -> None:
+    """``name``: of the setting.
+
     Raises:
         UserError: the model has not so many layers.
     """
     if not 1 <= top_layers <= depth:
-        raise UserError(f"top_layers is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
+        raise UserError(f"{name} is {top_layers}; this model has {depth} layers, so use 1 to {depth}.")
 
 
 def encode_completions(reader: Reader, completions: Sequence[Completion]) -> list[tuple[list[int], list[int]]]:
