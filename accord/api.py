@@ -31,7 +31,7 @@ from accord.planning.plan import Plan
 from accord.planning.reinforcement import plan_for_rl
 from accord.planning.reward import Ranked, plan_reward
 from accord.progress import bar, console, safe_point
-from accord.reward.model import RewardModel
+from accord.reward.model import RewardModel, not_computed
 from accord.reward.settings import RewardSettings
 from accord.reward.sources import Reward, RewardModelSource, build_reward
 from accord.reward.training import RewardReport, train_reward_model, usable
@@ -168,7 +168,13 @@ def train_reward(
 
 
 def without(groups: Sequence[PairGroup], heldout: float) -> tuple[list[PairGroup], list[PairGroup]]:
-    """Those to train on, and the share, by prompts' ids, that is held out."""
+    """Those to train on, and the share, by prompts' ids, that is held out.
+
+    Raises:
+        UserError: it is no share.
+    """
+    if not 0 < heldout < 1:
+        raise UserError(f"heldout is {heldout:g}; it is a share of the prompts, above 0 and below 1.")
     out = {g.prompt.id for g in groups if split_of(g.prompt.id, 0.0, heldout) == "heldout"}
     return [g for g in groups if g.prompt.id not in out], [g for g in groups if g.prompt.id in out]
 
@@ -181,7 +187,7 @@ def plan_reward_run(model: str, groups: Sequence[PairGroup], heldout: float, set
     """
     looked = look(model)
     if looked is None:
-        raise UserError(f"A reward model needs an architecture accord computes; that of {model} is not one.")
+        raise not_computed(f"that of the model {model}")
     config, tokenizer = looked
     device = default_device()
     reader = Unread(tokenizer, config.max_position_embeddings, device)

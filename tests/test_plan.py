@@ -363,7 +363,8 @@ def test_accord_reward_is_planned(home, capsys, monkeypatch):
     write_lines(home / "p.jsonl", ({"id": f"p{i}", "prompt": f"say {i}", "chosen": "abc" * 300, "rejected": "d"} for i in range(40)))
     assert main([*words, "--out", "s"]) == 2
     told = capsys.readouterr()
-    assert "exceeds the model's context" in told.err and "Memory" not in told.out
+    assert "completion 0 has 901, which together exceeds the model's context" in " ".join(told.err.split()) and "Memory" not in told.out
+    assert main([*words, "--out", "s", "--heldout", "2"]) == 2 and "heldout is 2; it is a share" in capsys.readouterr().err
 
 
 def test_a_reward_models_pace_is_measured():

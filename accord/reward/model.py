@@ -20,7 +20,7 @@ from accord.nn.foreign import ForeignModel
 from accord.nn.loading import Model, load_model
 from accord.nn.transformer import Transformer
 from accord.nn.weights import fingerprint, merged_state, read_tensors, save_folder
-from accord.rollout.engine import Reader, encode_checked
+from accord.rollout.engine import Reader, encode_named
 from accord.rollout.policy import Policy, share_layers
 from accord.rollout.rollout import Rollout, from_completions
 from accord.rollout.scoring import final_states
@@ -90,7 +90,7 @@ class RewardModel:
         """An untrained reward model on the policy's own trunk."""
         policy = policy.frozen()
         if isinstance(policy.model, ForeignModel):
-            raise UserError(f"A reward model needs an architecture accord computes; '{policy.raw.get('model_type')}' is not one.")
+            raise not_computed(f"that of a model of type {policy.raw.get('model_type')}")
         check_top_layers(top_layers, policy.model.depth)
         scalar = ScalarModel(policy.model, policy.model.depth - top_layers, seed)
         return cls(scalar, policy.tokenizer, policy.raw, policy.context, 0.0, 1.0)
@@ -235,6 +235,13 @@ class RewardModel:
         return self.scalar.model
 
 
+def not_computed(kind: str) -> UserError:
+    return UserError(
+        f"A reward model needs an architecture that accord computes itself, such as Llama, Mistral or Qwen; {kind} is not one. "
+        "Give another model, or let a function or a classifier give the reward (accord rl --reward)."
+    )
+
+
 def check_top_layers(top_layers: int, depth: int, name: str = "top_layers") -> None:
     """``name``: of the setting.
 
@@ -256,7 +263,13 @@ def encode_completions(reader: Reader, completions: Sequence[Completion]) -> lis
         answer = list(c.tokens) or reader.tokenizer.encode_completion(c.text, c.finished)
         if not answer:
             raise UserError(f"Prompt '{c.prompt.id}', completion {c.index} is empty; there is nothing to score.")
-        encoded.append((encode_checked(reader, c.prompt, len(answer)), answer))
+        asked = encode_named(reader.tokenizer, c.prompt)
+        if len(asked) + len(answer) > reader.context:
+            raise UserError(
+                f"Prompt '{c.prompt.id}' has {len(asked)} tokens and its completion {c.index} has {len(answer)}, which together exceeds the "
+                f"model's context of {reader.context}. Shorten the longer one, or leave it out."
+            )
+        encoded.append((asked, answer))
     return encoded
 
 

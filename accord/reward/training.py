@@ -21,7 +21,7 @@ from accord.data.statistics import Estimate, bootstrap_ratio
 from accord.errors import UserError
 from accord.nn.budget import TokenBudget
 from accord.nn.weights import sampled_fingerprint
-from accord.progress import bar, console, safe_point, stop_requested
+from accord.progress import bar, console, safe_point, several, stop_requested
 from accord.reward.comparison import RATE, Comparison, differences, length_slope
 from accord.reward.model import RewardModel
 from accord.reward.probe import TICKS, fit_probe
@@ -119,7 +119,10 @@ def usable(train: Sequence[PairGroup], heldout: Sequence[PairGroup], settings: R
     if not settings.epochs and not settings.probe:
         raise UserError("Reward training of 0 epochs without a probe would train nothing; set epochs to 1, or probe to true.")
     if not any(g.pairs for g in train) or not any(g.pairs for g in heldout):
-        raise UserError(f"Reward training needs pairs to train on ({len(train)} prompts) and to hold out ({len(heldout)}).")
+        raise UserError(
+            f"Reward training needs pairs to train on (of {several(len(train), 'prompt')}) and to hold out (of {several(len(heldout), 'prompt')}; by id). "
+            "Rank more prompts, some dozens at least, or hold out another share of them (heldout)."
+        )
     return train, heldout
 
 
