@@ -23,7 +23,7 @@ from accord.evaluation.compare import evaluate as _evaluate
 from accord.evaluation.report import write_report
 from accord.feedback.panel import simulated_panel
 from accord.nn import scratch
-from accord.nn.loading import default_device, resolve_dtype
+from accord.nn.loading import resolve_dtype
 from accord.nn.transformer import Transformer
 from accord.nn.weights import sampled_fingerprint
 from accord.planning.models import look
@@ -189,10 +189,9 @@ def plan_reward_run(model: str, groups: Sequence[PairGroup], heldout: float, set
     if looked is None:
         raise not_computed(f"that of the model {model}")
     config, tokenizer = looked
-    device = default_device()
-    reader = Unread(tokenizer, config.max_position_embeddings, device)
+    reader = Unread.of(config, tokenizer)
     ranked = Ranked.of(reader, *usable(*without(groups, heldout), settings))
-    return plan_reward(config, resolve_dtype("auto", device), settings, ranked)
+    return plan_reward(config, resolve_dtype("auto", reader.device), settings, ranked)
 
 
 def save_reward(

@@ -80,7 +80,7 @@ def plan_recipe(recipe: Recipe, prompts: Sequence[Prompt]) -> Plan | None:
         return None
     else:
         early = revised(recipe.constitution, *looked, prompts) if recipe.constitution else Early(*looked)
-    config, rl, layers = early.config, recipe.rl, min(recipe.reward.top_layers, early.config.num_hidden_layers)
+    config, rl, layers = early.config, recipe.rl, recipe.reward.top_layers
     splits = {name: lengths_of(early.tokenizer, [p for p in prompts if split_of(p.id) == name]) for name in SPLITS}
     everything = [n for lengths in splits.values() for n in lengths]
     longest = max(everything) + max(rl.max_new_tokens, recipe.sample.max_new_tokens, recipe.evaluation.max_new_tokens)
@@ -89,7 +89,7 @@ def plan_recipe(recipe: Recipe, prompts: Sequence[Prompt]) -> Plan | None:
             f"The longest prompt has {max(everything)} tokens, and with an answer of max_new_tokens (sample, rl, evaluation) {longest}; the model's context is "
             f"{config.max_position_embeddings}. Shorten the prompts, lower max_new_tokens{', or raise base.pretrain.context' if recipe.base else ''}."
         )
-    check_top_layers(recipe.reward.top_layers, config.num_hidden_layers, "reward.top_layers")
+    check_top_layers(layers, config.num_hidden_layers, "reward.top_layers")
     last = plan_rl(config, rl, everything, layers, timed=False)
     plans = [replace(plan_tuning(t.stage, config, t.settings, t.work), of=t.stage) for t in early.trained]
     device, prompt = default_device(), max(round(sum(everything) / len(everything)), 1)

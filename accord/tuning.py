@@ -20,7 +20,7 @@ from accord.errors import UserError
 from accord.evaluation.report import write_report
 from accord.feedback.given import Given
 from accord.nn.bundled import cache_folder
-from accord.nn.loading import default_device, model_folder, resolve_dtype
+from accord.nn.loading import model_folder, resolve_dtype
 from accord.nn.transformer import ModelConfig
 from accord.nn.weights import sampled_fingerprint
 from accord.planning.models import Weights, look
@@ -303,7 +303,7 @@ def _opened(model: str, s: TuningSettings) -> tuple[ModelConfig | None, Reader, 
         policy = load(model, s.dtype)
         return None, policy, lambda: policy
     shape, tokenizer = looked
-    return shape, Unread(tokenizer, shape.max_position_embeddings, default_device()), lambda: load(model, s.dtype)
+    return shape, Unread.of(shape, tokenizer), lambda: load(model, s.dtype)
 
 
 def _language(config: Mapping[str, Any], where: str) -> Ready:

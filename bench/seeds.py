@@ -79,9 +79,8 @@ class Seeds:
         """Whether it passed all its gates."""
         where = self.folder(seed)
         if where.exists():
-            found = build(
-                Recipe, yaml.safe_load((where / "config.yaml").read_text())["recipe"], str(where)
-            )  # with the defaults of what is new
+            told = yaml.safe_load((where / "config.yaml").read_text())["recipe"]
+            found = build(Recipe, told, str(where))  # with the defaults of what is new
             if found != build(Recipe, load_yaml(recipe_text(self.name), self.name), self.name).with_seed(seed):
                 raise SystemExit(f"{where} is a run of another recipe than {self.name} is now; move it away.")
         command = ["resume", str(where)] if where.exists() else [*self.command, "--seed", str(seed), "--out", str(where)]

@@ -142,6 +142,12 @@ def least(work: Callable[[], Any], repeats: int = 2) -> float:
     return min(laps)
 
 
+def apart(whole: float, single: float, count: int, width: int) -> tuple[float, float]:
+    """Seconds of a token, and of a step whatever it holds, from those of a step on ``count`` rows of ``width`` tokens and of one on a single row."""
+    each = max(whole - single, 1e-6) / ((count - 1) * width) if count > 1 else whole / width
+    return each, max(single - each * width, 0.0)
+
+
 def at_depth(
     config: ModelConfig,
     dtype: torch.dtype,

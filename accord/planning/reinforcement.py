@@ -12,7 +12,7 @@ from accord.data.records import Prompt
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import CHUNK
 from accord.nn.transformer import ModelConfig, Transformer
-from accord.planning.models import Weights, at_depth, kept_by_a_layer, least, lengths_of, look, matrices, rollout_of, stand_in
+from accord.planning.models import Weights, apart, at_depth, kept_by_a_layer, least, lengths_of, look, matrices, rollout_of, stand_in
 from accord.planning.plan import ADAM, Part, Plan, Stage, resident_memory, with_freed
 from accord.reward.model import RewardModel, read_about
 from accord.reward.sources import Reward, RewardModelSource
@@ -124,8 +124,8 @@ def _measure(model: Transformer, s: RLSettings, prompt: int, reward_layers: int)
     update = lambda rows: state.algorithm.update(state.policy, state.critic, state.optimizer, rows, 0)
     one = e.select(torch.tensor([0]))
     whole, single = least(lambda: update(e)), least(lambda: update(one))
-    each = max(whole - single, 1e-6) / max(tokens - width, 1) if count > 1 else whole / tokens
-    return Pace(step, max(few - 2 * step, 1e-6) / (rows * prompt), trunk / tokens, forward / tokens, scoring / tokens, each, max(single - each * width, 0.0))  # fmt: skip
+    each, fixed = apart(whole, single, count, width)
+    return Pace(step, max(few - 2 * step, 1e-6) / (rows * prompt), trunk / tokens, forward / tokens, scoring / tokens, each, fixed)
 
 
 def _with_trunk(policy: Policy, rollout: Rollout) -> Rollout:

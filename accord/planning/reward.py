@@ -12,7 +12,7 @@ from accord.data.records import Completion, Pair, PairGroup, Prompt
 from accord.nn.loading import default_device
 from accord.nn.memory import give_back_freed_memory
 from accord.nn.transformer import ModelConfig
-from accord.planning.models import Weights, kept_by_a_layer, least, random_model, rollout_of, stand_in
+from accord.planning.models import Weights, apart, kept_by_a_layer, least, random_model, rollout_of, stand_in
 from accord.planning.plan import ADAM, Part, Plan, Stage, resident_memory, with_freed
 from accord.progress import track
 from accord.reward.model import RewardModel, check_top_layers, encode_completions
@@ -135,12 +135,11 @@ def measure_reward(config: ModelConfig, dtype: torch.dtype, device: torch.device
     fit = Fit(RewardModel.on(stand_in(model), s.top_layers, s.seed), groups, s)
     step = lambda prompts: fit.step(encoded, prompts, 0.0)
     whole, single = least(lambda: step(list(range(count))), 3), least(lambda: step([0]), 3)
-    tokens = each * width
-    update = max(whole - single, 1e-6) / ((count - 1) * tokens) if count > 1 else whole / tokens
-    read = least(lambda: encoded.each(fit.reward.raw_scores, fit.budget)) / (count * tokens)
-    below = least(read_trunk) / (count * tokens) * trunk / max(cut, 1)
+    tokens = count * each * width
+    read = least(lambda: encoded.each(fit.reward.raw_scores, fit.budget)) / tokens
+    below = least(read_trunk) / tokens * trunk / max(cut, 1)
     give_back_freed_memory()
-    return RewardPace(below, read, update, max(single - update * tokens, 0.0))
+    return RewardPace(below, read, *apart(whole, single, count, each * width))
 
 
 def reward_seconds(pace: RewardPace, s: RewardSettings, ranked: Ranked) -> float:

@@ -11,7 +11,7 @@ import torch
 from accord.nn.loading import default_device, resolve_dtype
 from accord.nn.logprobs import CHUNK
 from accord.nn.transformer import ModelConfig, Transformer
-from accord.planning.models import MEASURED, Weights, at_depth, kept_by_a_layer, least, matrices, rollout_of, stand_in
+from accord.planning.models import MEASURED, Weights, apart, at_depth, kept_by_a_layer, least, matrices, rollout_of, stand_in
 from accord.planning.plan import ADAM, Part, Plan, Stage, resident_memory, with_freed
 from accord.supervised.comparisons import Judged
 from accord.supervised.examples import Encoding
@@ -165,8 +165,7 @@ def _measure(model: Transformer, s: LoopSettings, work: Work) -> TuningPace:
             sft_loss(policy, rollout, 1)
 
     whole, single = least(lambda: learn(list(range(count))), 4), least(lambda: learn([0]))
-    each = max(whole - single, 1e-6) / ((count - 1) * width) if count > 1 else whole / width
-    return TuningPace(least(read) / (count * width), each, max(single - each * width, 0.0))
+    return TuningPace(least(read) / (count * width), *apart(whole, single, count, width))
 
 
 def tuning_seconds(pace: TuningPace, s: LoopSettings, work: Work) -> float:

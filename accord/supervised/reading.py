@@ -7,16 +7,15 @@ from typing import Protocol
 
 import torch
 
+from accord.nn.loading import default_device
+from accord.nn.transformer import ModelConfig
+from accord.rollout.engine import Reader as PromptReader
 from accord.text.tokenizer import Tokenizer
 
 
-class Reader(Protocol):
+class Reader(PromptReader, Protocol):
     """A policy, as far as rows ask for it: its tokenizer, the most tokens it was made for, and where its tensors are."""
 
-    tokenizer: Tokenizer
-
-    @property
-    def context(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -28,3 +27,8 @@ class Unread:
     tokenizer: Tokenizer
     context: int
     device: torch.device
+
+    @classmethod
+    def of(cls, config: ModelConfig, tokenizer: Tokenizer) -> Unread:
+        """Of a model that will be read onto this machine's device."""
+        return cls(tokenizer, config.max_position_embeddings, default_device())
